@@ -1,0 +1,3 @@
+//! What a file says: ELF, load bias, symbols, safe probe addresses.
+
+pub mod addr;

@@ -1,0 +1,1 @@
+//! Verdicts over populations in time.

@@ -1,0 +1,2 @@
+//! The leakmon binary.
+fn main() {}

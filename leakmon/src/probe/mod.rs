@@ -1,0 +1,1 @@
+//! The kernel side: loading, attaching, reading, and the budget.

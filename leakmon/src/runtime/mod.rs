@@ -1,0 +1,3 @@
+//! One folder a runtime, all of one shape.
+
+pub mod go;

@@ -1,0 +1,326 @@
+//! The model: tasks, the sites that spawned them, what they wait for, and the
+//! population of one process.
+//!
+//! Every runtime fills these types and every report reads them, so a report
+//! knows nothing of Go and a runtime nothing of reports.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use leakmon_common::{HISTOGRAM_BUCKETS, SiteKey};
+
+/// One source position of a stack, symbolised. Inlined calls are frames of
+/// their own.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Frame {
+    /// Function name as the runtime writes it: `main.(*server).sum.func1`.
+    pub function: Arc<str>,
+    /// Source file as the compiler recorded it.
+    pub file: Arc<str>,
+    /// Line in `file`, from 1; 0 when unknown.
+    pub line: u32,
+    /// Program counter in the process (the return address for a caller).
+    pub pc: u64,
+    /// Bytes from the start of the (outermost, not inlined) function to `pc`.
+    pub offset: u64,
+    /// Entry of the (outermost, not inlined) function, in the process.
+    pub entry: u64,
+    /// The call was inlined into the next frame of the stack.
+    pub inlined: bool,
+}
+
+/// Where tasks were spawned. Tasks with equal [`SiteKey`] have equal sites.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Site {
+    /// What the kernel side counts by.
+    pub key: SiteKey,
+    /// The function that the tasks run, `line` being its first line.
+    pub entry: Option<Frame>,
+    /// The statement that spawned them; `None` for a task that nobody spawned
+    /// (Go's main goroutine).
+    pub created_by: Option<Frame>,
+}
+
+/// What a task is doing, in the words of its runtime (`runnable`, `running`,
+/// `syscall`, `waiting`, ...).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum State {
+    /// Ready to run, waiting for a processor.
+    Runnable,
+    /// On a processor.
+    Running,
+    /// In a system call.
+    Syscall,
+    /// Blocked; the group's reason says on what.
+    Waiting,
+    /// Its stack is being moved by the runtime.
+    CopyStack,
+    /// Stopped by the runtime's preemption.
+    Preempted,
+    /// Proven by the runtime itself to be unreachable (Go 1.26 and later).
+    Leaked,
+}
+
+impl State {
+    /// Go's own word for the state.
+    pub fn name(self) -> &'static str {
+        match self {
+            State::Runnable => "runnable",
+            State::Running => "running",
+            State::Syscall => "syscall",
+            State::Waiting => "waiting",
+            State::CopyStack => "copystack",
+            State::Preempted => "preempted",
+            State::Leaked => "leaked",
+        }
+    }
+}
+
+/// How long a task has been blocked, and how exactly that is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Age {
+    /// It has been blocked at least this long.
+    pub at_least: Duration,
+}
+
+/// Index into [`Population::stacks`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StackId(pub u32);
+
+/// Index into [`Population::sites`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SiteId(pub u32);
+
+/// Tasks of one site that are in one state at one place: the unit of a census.
+#[derive(Clone, Debug)]
+pub struct Group {
+    /// Where they were spawned.
+    pub site: SiteId,
+    /// What they do.
+    pub state: State,
+    /// Why they wait (`chan send`), for [`State::Waiting`] and [`State::Leaked`].
+    pub reason: Option<Arc<str>>,
+    /// Their stack; `None` when it cannot be read (running).
+    pub stack: Option<StackId>,
+    /// How many.
+    pub count: u64,
+    /// Of these, how many have not run since an earlier census saw them.
+    pub not_run: u64,
+    /// The longest any of them has been blocked.
+    pub oldest: Option<Age>,
+    /// Id of the task that has been blocked longest (the lowest id among equals).
+    pub sample: u64,
+}
+
+/// A stack, innermost frame first.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Stack {
+    /// Every physical and inlined frame that the runtime itself would show,
+    /// innermost first.
+    pub frames: Vec<Frame>,
+    /// Index in `frames` of the innermost frame that is not the runtime's or
+    /// the standard library's own synchronisation code: where a person would
+    /// say that the task waits.
+    pub place: Option<usize>,
+}
+
+impl Stack {
+    /// The frame where a person would say that the task waits.
+    pub fn place(&self) -> Option<&Frame> {
+        self.frames.get(self.place?)
+    }
+}
+
+/// The tasks of one process and one runtime, at one moment.
+#[derive(Clone, Debug)]
+pub struct Population {
+    /// CLOCK_MONOTONIC nanoseconds at the start of the census.
+    pub taken_at: u64,
+    /// How long the census took.
+    pub took: Duration,
+    /// Live tasks by the runtime's own definition (`runtime.NumGoroutine`).
+    pub count: u64,
+    /// Tasks of the runtime itself, not in `count`.
+    pub system: u64,
+    /// Tasks that changed while they were read, counted by their last state.
+    pub unstable: u64,
+    /// `count` by state.
+    pub states: BTreeMap<State, u64>,
+    /// `count` by site, state, reason and stack.
+    pub groups: Vec<Group>,
+    /// Every site met.
+    pub sites: Arc<Vec<Site>>,
+    /// Every stack met.
+    pub stacks: Arc<Vec<Stack>>,
+}
+
+impl Population {
+    /// The site of a group.
+    pub fn site(&self, id: SiteId) -> &Site {
+        &self.sites[id.0 as usize]
+    }
+
+    /// The stack of a group.
+    pub fn stack(&self, id: StackId) -> &Stack {
+        &self.stacks[id.0 as usize]
+    }
+}
+
+/// One task, for dumps.
+#[derive(Clone, Debug)]
+pub struct Task {
+    /// The runtime's own id (goid).
+    pub id: u64,
+    /// Id of the task that spawned it, where the runtime keeps it.
+    pub parent: Option<u64>,
+    /// What it does.
+    pub state: State,
+    /// Why it waits.
+    pub reason: Option<Arc<str>>,
+    /// The garbage collector is scanning its stack.
+    pub scan: bool,
+    /// How long it has waited by the runtime's own clock, which Go starts at
+    /// the first collection that finds the goroutine blocked.
+    pub waited: Option<Duration>,
+    /// Locked to its thread (`runtime.LockOSThread`).
+    pub locked_to_thread: bool,
+    /// Where it was spawned.
+    pub site: SiteId,
+    /// Its stack; `None` while it runs.
+    pub stack: Option<StackId>,
+    /// pprof labels, where they can be read.
+    pub labels: Vec<(Arc<str>, Arc<str>)>,
+}
+
+/// Every task of one process: what `leakmon stacks` prints.
+#[derive(Clone, Debug)]
+pub struct Dump {
+    /// Tasks in the order in which the runtime itself dumps them.
+    pub tasks: Vec<Task>,
+    /// Every site met.
+    pub sites: Arc<Vec<Site>>,
+    /// Every stack met.
+    pub stacks: Arc<Vec<Stack>>,
+    /// The runtime's version as it prints itself: `go1.26.8`.
+    pub version: String,
+}
+
+/// Durations in log2 buckets, as the kernel counted them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Histogram {
+    /// Bucket `i` counts durations of `2^i` to `2^(i+1) - 1` nanoseconds.
+    pub buckets: [u64; HISTOGRAM_BUCKETS],
+    /// Sum of all durations, in nanoseconds.
+    pub total_ns: u64,
+}
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Histogram {
+            buckets: [0; HISTOGRAM_BUCKETS],
+            total_ns: 0,
+        }
+    }
+}
+
+/// What the probes counted at one site since they were attached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SiteFlow {
+    /// Tasks spawned.
+    pub spawned: u64,
+    /// Tasks that ended.
+    pub exited: u64,
+}
+
+/// What the probes counted of one kind of wait since they were attached.
+#[derive(Clone, Debug)]
+pub struct WaitFlow {
+    /// Where the waiting tasks were spawned.
+    pub site: SiteKey,
+    /// Why they waited, in the runtime's words.
+    pub reason: Arc<str>,
+    /// The wait's own stack, symbolised, innermost first; a few frames only.
+    pub stack: Stack,
+    /// Times a task blocked here.
+    pub parks: u64,
+    /// Times one went on.
+    pub resumes: u64,
+    /// How long they were blocked (one entry a resume).
+    pub durations: Histogram,
+}
+
+/// Everything the probes counted in one process since they were attached.
+#[derive(Clone, Debug, Default)]
+pub struct Flow {
+    /// Tasks spawned and ended, by site.
+    pub sites: Vec<(Site, SiteFlow)>,
+    /// Blocks by site, reason and place.
+    pub waits: Vec<WaitFlow>,
+    /// Probe hits.
+    pub hits: u64,
+    /// Hits that could not be counted, by reason (`site map full`).
+    pub dropped: BTreeMap<&'static str, u64>,
+}
+
+/// How much is attached to a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Tier {
+    /// Nothing: the runtime's tables are read.
+    Census,
+    /// Spawn and exit.
+    Lifecycle,
+    /// Spawn, exit, and channel and sync park and resume.
+    Blocking,
+}
+
+impl Tier {
+    /// The word on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Tier::Census => "census",
+            Tier::Lifecycle => "lifecycle",
+            Tier::Blocking => "blocking",
+        }
+    }
+}
+
+/// Flow measured over one interval by the probes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Rates {
+    /// Tasks spawned a second, while the probes were attached.
+    pub spawned_per_second: f64,
+    /// Tasks ended a second.
+    pub exited_per_second: f64,
+}
+
+/// What leakmon costs the target, as measured over the last interval.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Overhead {
+    /// Probe hits in the interval.
+    pub hits: u64,
+    /// Calibrated cost of the interval's hits, in nanoseconds of target CPU.
+    pub cost_ns: u64,
+    /// CPU time that the target used in the interval, in nanoseconds.
+    pub target_cpu_ns: u64,
+    /// `cost_ns` over `target_cpu_ns`, in percent.
+    pub percent: f64,
+    /// What `--max-overhead` allows, in percent; `None` when ungoverned.
+    pub budget_percent: Option<f64>,
+    /// Share of the interval in which the probes were attached, 0 to 1.
+    /// Below 1 the probes' figures are samples.
+    pub attached: f64,
+}
+
+/// Census and probes, held against each other.
+///
+/// While probes are attached without a break, the live count by census must
+/// change by exactly spawned - exited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reconciliation {
+    /// Live count by census, less what the probes expect: 0 when both agree.
+    pub difference: i64,
+    /// The census reads a running target over some time; a difference up to
+    /// this many tasks (spawned and exited meanwhile) proves nothing.
+    pub uncertainty: u64,
+}
