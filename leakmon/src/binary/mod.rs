@@ -1,3 +1,5 @@
-//! What a file says: ELF, load bias, symbols, safe probe addresses.
+//! What a file says: ELF headers, the bridges between its three kinds of
+//! address, and the instructions of its functions.
 
 pub mod addr;
+pub mod elf;
