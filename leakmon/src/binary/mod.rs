@@ -2,4 +2,5 @@
 //! address, and the instructions of its functions.
 
 pub mod addr;
+pub mod disasm;
 pub mod elf;

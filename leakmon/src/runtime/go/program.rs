@@ -1,7 +1,7 @@
 //! A Go program, opened: its version, tables and layout, and the way from a
 //! program counter to a source position.
 
-use std::collections::hash_map::Entry;
+use std::borrow::Cow;
 use std::fs::File;
 use std::sync::Arc;
 
@@ -14,6 +14,7 @@ use crate::process::memory::{Memory, MemoryError};
 use super::buildinfo::{self, BuildInfo, Version};
 use super::layout::{self, Layout};
 use super::pclntab::{Function, FunctionData, Pclntab, TextOffset};
+use super::variables::Functions;
 
 /// Bytes read at a time when the target's data is searched.
 const CHUNK: usize = 1 << 20;
@@ -198,8 +199,12 @@ impl Program {
             let Ok(name) = std::str::from_utf8(name) else {
                 continue;
             };
-            if let Entry::Vacant(entry) = self.runtime_functions.entry(name.into()) {
-                entry.insert(function);
+            // A function and its wrapper for the other calling convention have
+            // the same name: the function is meant.
+            if self.table.func_id(function) == Some(self.layout.func_id_wrapper) {
+                self.runtime_functions.entry(name.into()).or_insert(function);
+            } else {
+                self.runtime_functions.insert(name.into(), function);
             }
         }
         // garble keeps the names of the runtime readable, or else hides them;
@@ -267,6 +272,23 @@ impl Program {
     /// Where a probe at `vaddr` is attached.
     pub fn file_offset(&self, vaddr: Vaddr) -> Option<FileOffset> {
         self.elf.file_offset(vaddr)
+    }
+}
+
+impl Functions for Program {
+    fn entry(&self, name: &str) -> Option<Vaddr> {
+        Some(self.vaddr(self.runtime_function(name)?.entry))
+    }
+
+    fn code(&self, name: &str) -> Option<(Vaddr, Cow<'_, [u8]>)> {
+        let function = self.runtime_function(name)?;
+        Some((self.vaddr(function.entry), Program::code(self, function)?.into()))
+    }
+
+    fn containing(&self, addr: Vaddr) -> Option<(&str, Vaddr)> {
+        let function = self.table.function(self.text_offset(addr)?)?;
+        let name = std::str::from_utf8(self.table.name(function)?).ok()?;
+        Some((name, self.vaddr(function.entry)))
     }
 }
 

@@ -1,0 +1,467 @@
+//! Where to probe a Go program: the plan of its probe places.
+//!
+//! | role | place | what is in the registers (amd64 / arm64) |
+//! |---|---|---|
+//! | spawn | `CALL runqput` in `newproc.func1` | BX / R1: the new `g`; R14 / R28: `g0` |
+//! | spawn (returned) | behind `CALL newproc1` in `newproc.func1`, where `runqput` is inlined, and in `newcoro.func1` | AX / R0: the new `g` |
+//! | exit | `gdestroy` (from Go 1.22) or `goexit0`, behind the stack check | AX / R0: the `g` |
+//! | park | every `CALL gopark` in the functions that block on channels and sync | R14 / R28: the `g`; CX / R2: the reason |
+//! | resume | behind that call | R14 / R28: the `g` |
+//! | park (universal) | `park_m` behind its stack check | AX / R0: the `g` |
+//! | ready | `ready` behind its stack check | AX / R0: the woken `g` |
+//!
+//! Every place is the start of an instruction by disassembly from the
+//! function's entry, one that every supported kernel emulates, and is executed
+//! exactly once each time that the thing happens, by the function's control
+//! flow. A place for which this is not proven is refused. All functions named
+//! here are in `runtime/proc.go`, `chan.go`, `select.go`, `sema.go` and `coro.go`
+//! of Go 1.18 to 1.27.
+
+use super::variables::{Convention, Functions, Refused, decode};
+use crate::binary::addr::Vaddr;
+use crate::binary::disasm::values::{Value, walk};
+use crate::binary::disasm::{Architecture, Code, Instruction, Kind, Register};
+
+/// What happens at a place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Role {
+    /// A goroutine was made; its `g` is the second argument.
+    Spawn,
+    /// A goroutine was made; its `g` is in the first result register.
+    SpawnReturned,
+    /// A goroutine ends; its `g` is the first argument.
+    Exit,
+    /// The running goroutine is about to wait; the reason is the third
+    /// argument.
+    Park,
+    /// The running goroutine goes on after a wait.
+    Resume,
+    /// A goroutine waits, whatever for; its `g` is the first argument.
+    ParkUniversal,
+    /// A goroutine is made ready to run; its `g` is the first argument.
+    Ready,
+}
+
+/// One place to probe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Found {
+    /// Address of the instruction, in the file.
+    pub vaddr: Vaddr,
+    /// What happens there.
+    pub role: Role,
+    /// How many return addresses of the stack to keep, so that the list
+    /// reaches the caller of the channel or sync operation.
+    pub depth: u8,
+    /// The function that the place is in.
+    pub function: &'static str,
+}
+
+/// The places that see every wait on channels and sync.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blocking {
+    /// The places.
+    pub places: Vec<Found>,
+    /// Why not the call sites of `gopark` are used, but `park_m` and `ready`,
+    /// which see every wait of any kind.
+    pub universal: Option<Refused>,
+}
+
+/// The plan for a program, tier by tier.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Places {
+    /// Spawns and exits.
+    pub lifecycle: Result<Vec<Found>, Refused>,
+    /// Waits.
+    pub blocking: Result<Blocking, Refused>,
+}
+
+impl Places {
+    /// Makes the plan.
+    pub fn find(architecture: Architecture, functions: &impl Functions) -> Places {
+        let finder = Finder {
+            architecture,
+            convention: Convention::of(architecture),
+            functions,
+        };
+        Places {
+            lifecycle: finder.lifecycle(),
+            blocking: finder.blocking(),
+        }
+    }
+}
+
+/// A function in which goroutines wait on channels or sync.
+struct Waits {
+    name: &'static str,
+    /// Return addresses from the call of `gopark` up to the operation's caller.
+    depth: u8,
+    /// A goroutine that waits here goes on some day.
+    goes_on: bool,
+    /// It always waits by `gopark`. The others do so only if the compiler has
+    /// inlined one of these into them.
+    itself: bool,
+}
+
+const fn waits(name: &'static str, depth: u8, itself: bool) -> Waits {
+    Waits {
+        name,
+        depth,
+        goes_on: true,
+        itself,
+    }
+}
+
+/// All functions that wait on channels and sync, and those that a profile may
+/// have had them inlined into: their only callers.
+const WAITS: &[Waits] = &[
+    waits("runtime.chansend", 2, true),
+    waits("runtime.chanrecv", 2, true),
+    waits("runtime.selectgo", 1, true),
+    // Through `sync.runtime_SemacquireMutex`, `(*Mutex).lockSlow`,
+    // `(*Mutex).Lock`.
+    waits("runtime.semacquire1", 4, true),
+    waits("sync.runtime_notifyListWait", 2, true),
+    // `select {}`: for ever.
+    Waits {
+        name: "runtime.block",
+        depth: 1,
+        goes_on: false,
+        itself: true,
+    },
+    waits("runtime.chansend1", 1, false),
+    waits("runtime.chanrecv1", 1, false),
+    waits("runtime.chanrecv2", 1, false),
+    waits("runtime.selectnbsend", 1, false),
+    waits("runtime.selectnbrecv", 1, false),
+    waits("reflect.chansend", 2, false),
+    waits("reflect.chansend0", 2, false),
+    waits("reflect.chanrecv", 2, false),
+    waits("reflect.rselect", 2, false),
+    waits("runtime.semacquire", 3, false),
+    waits("sync.runtime_Semacquire", 3, false),
+    waits("sync.runtime_SemacquireWaitGroup", 3, false),
+    waits("sync.runtime_SemacquireMutex", 3, false),
+    waits("sync.runtime_SemacquireRWMutex", 3, false),
+    waits("sync.runtime_SemacquireRWMutexR", 3, false),
+    waits("internal/sync.runtime_SemacquireMutex", 3, false),
+    waits("internal/poll.runtime_Semacquire", 3, false),
+];
+
+/// The wait's stack at `park_m`, from the waiting goroutine's saved frame
+/// pointer: `gopark`'s caller comes first.
+const UNIVERSAL_DEPTH: u8 = 4;
+
+struct Finder<'a, F> {
+    architecture: Architecture,
+    convention: Convention,
+    functions: &'a F,
+}
+
+impl<F: Functions> Finder<'_, F> {
+    fn lifecycle(&self) -> Result<Vec<Found>, Refused> {
+        let mut places = vec![self.spawn()?];
+        places.extend(self.exits()?);
+        places.extend(self.coroutine_spawn());
+        Ok(places)
+    }
+
+    fn blocking(&self) -> Result<Blocking, Refused> {
+        let refused = match self.call_sites() {
+            Ok(places) => {
+                return Ok(Blocking {
+                    places,
+                    universal: None,
+                });
+            }
+            Err(refused) => refused,
+        };
+        let park = self.behind_stack_check("runtime.park_m", Role::ParkUniversal, UNIVERSAL_DEPTH);
+        let ready = self.behind_stack_check("runtime.ready", Role::Ready, 0);
+        Ok(Blocking {
+            places: vec![park?, ready?],
+            universal: Some(refused),
+        })
+    }
+
+    /// Entry of a function that must be there.
+    fn entry(&self, name: &'static str) -> Result<Vaddr, Refused> {
+        self.functions
+            .entry(name)
+            .ok_or_else(|| Refused::new(name, "not in the function table"))
+    }
+
+    fn decode(&self, name: &'static str) -> Result<Code, Refused> {
+        decode(self.architecture, self.functions, name)
+    }
+
+    fn spawn(&self) -> Result<Found, Refused> {
+        const NAME: &str = "runtime.newproc.func1";
+        let code = self.decode(NAME)?;
+        let newproc1 = self.entry("runtime.newproc1")?;
+        let made = self.only_call(&code, NAME, newproc1, "newproc1")?;
+        if let Some(runqput) = self.functions.entry("runtime.runqput")
+            && let Some(queued) = self.queued(&code, made, newproc1, runqput)
+        {
+            return Ok(Found {
+                vaddr: queued,
+                role: Role::Spawn,
+                depth: 0,
+                function: NAME,
+            });
+        }
+        self.behind_call(&code, made, self.convention.arguments[0])
+            .map(|vaddr| Found {
+                vaddr,
+                role: Role::SpawnReturned,
+                depth: 0,
+                function: NAME,
+            })
+            .map_err(|why| Refused::new(NAME, why))
+    }
+
+    /// The call of `runqput` on the only way from the call of `newproc1` at
+    /// `made`, with what that returned as its second argument.
+    fn queued(&self, code: &Code, made: usize, newproc1: Vaddr, runqput: Vaddr) -> Option<Vaddr> {
+        let [first, second, _] = self.convention.arguments;
+        let straight = code.instructions()[made..]
+            .iter()
+            .skip(1)
+            .take_while(|instruction| {
+                instruction.kind.goes_on() && !matches!(instruction.kind, Kind::CondJump(_))
+            })
+            .find(|instruction| instruction.kind == Kind::Call(runqput))?
+            .addr;
+        let mut passed = false;
+        walk(code, first, |instruction, values| {
+            if instruction.addr == straight {
+                passed = instruction.emulated && values.get(second) == Value::Returned(newproc1, 0);
+            }
+        });
+        passed.then_some(straight)
+    }
+
+    fn exits(&self) -> Result<Vec<Found>, Refused> {
+        const GOEXIT: &str = "runtime.goexit0";
+        const DESTROY: &str = "runtime.gdestroy";
+        let Some(destroy) = self.functions.entry(DESTROY) else {
+            return Ok(vec![self.behind_stack_check(GOEXIT, Role::Exit, 0)?]);
+        };
+        let goexit = self.decode(GOEXIT)?;
+        let mut places = vec![self.behind_stack_check(DESTROY, Role::Exit, 0)?];
+        if calls(&goexit, destroy).next().is_none() {
+            // Inlined here; coroutines still call it.
+            places.push(self.behind_stack_check(GOEXIT, Role::Exit, 0)?);
+        }
+        Ok(places)
+    }
+
+    /// Where `iter.Pull` makes a coroutine, if its end is seen too.
+    fn coroutine_spawn(&self) -> Option<Found> {
+        const NAME: &str = "runtime.newcoro.func1";
+        let newproc1 = self.functions.entry("runtime.newproc1")?;
+        let destroy = self.functions.entry("runtime.gdestroy")?;
+        let switch = self.decode("runtime.coroswitch_m").ok()?;
+        calls(&switch, destroy).next()?;
+        let code = self.decode(NAME).ok()?;
+        let made = self.only_call(&code, NAME, newproc1, "newproc1").ok()?;
+        Some(Found {
+            vaddr: self
+                .behind_call(&code, made, self.convention.arguments[0])
+                .ok()?,
+            role: Role::SpawnReturned,
+            depth: 0,
+            function: NAME,
+        })
+    }
+
+    /// Index of the only call of `target`.
+    fn only_call(
+        &self,
+        code: &Code,
+        function: &'static str,
+        target: Vaddr,
+        name: &str,
+    ) -> Result<usize, Refused> {
+        let mut found = calls(code, target);
+        match (found.next(), found.next()) {
+            (Some(index), None) => Ok(index),
+            (None, _) => Err(Refused::new(function, format!("does not call {name}"))),
+            (Some(_), Some(_)) => Err(Refused::new(
+                function,
+                format!("calls {name} more than once"),
+            )),
+        }
+    }
+
+    /// The first emulated instruction behind the call at index `call` that is
+    /// reached from it alone and always, with `kept` unchanged since it
+    /// returned.
+    fn behind_call(&self, code: &Code, call: usize, kept: Register) -> Result<Vaddr, String> {
+        let behind = code.instructions().get(call + 1..).unwrap_or_default();
+        self.first_emulated(code, behind, kept)
+            .map_err(|why| format!("behind a call, {why}"))
+    }
+
+    /// The first emulated instruction of `run`, adjacent instructions of
+    /// `code`, if it is reached whenever the first one is and in no other way,
+    /// with `kept` unchanged.
+    fn first_emulated(
+        &self,
+        code: &Code,
+        run: &[Instruction],
+        kept: Register,
+    ) -> Result<Vaddr, &'static str> {
+        for instruction in run {
+            if code.is_target(instruction.addr) {
+                return Err("another path joins before an emulated instruction");
+            }
+            if instruction.emulated {
+                return Ok(instruction.addr);
+            }
+            if instruction.exclusive {
+                return Err("an exclusive sequence starts before an emulated instruction");
+            }
+            if instruction.writes.contains(kept) {
+                return Err("the g is overwritten before an emulated instruction");
+            }
+            if !instruction.kind.goes_on()
+                || matches!(instruction.kind, Kind::CondJump(_) | Kind::CallIndirect)
+            {
+                return Err("the path divides before an emulated instruction");
+            }
+        }
+        Err("there is no emulated instruction")
+    }
+
+    /// The first emulated instruction behind the stack check of a function
+    /// whose first argument is a `g`, with this argument still in its register.
+    fn behind_stack_check(
+        &self,
+        function: &'static str,
+        role: Role,
+        depth: u8,
+    ) -> Result<Found, Refused> {
+        let code = self.decode(function)?;
+        let check = self
+            .stack_check(&code)
+            .map_err(|why| Refused::new(function, why))?;
+        let run = &code.instructions()[check.map_or(0, |index| index + 1)..];
+        let vaddr = self
+            .first_emulated(&code, run, self.convention.arguments[0])
+            .map_err(|why| Refused::new(function, format!("behind the stack check, {why}")))?;
+        Ok(Found {
+            vaddr,
+            role,
+            depth,
+            function,
+        })
+    }
+
+    /// Index of the branch of the stack check; `None` for a function that has
+    /// none.
+    ///
+    /// The check is the first branch of a function, and goes to a call of
+    /// `runtime.morestack` or one of its variants, behind which the function
+    /// starts anew: what lies before may be executed twice in a call.
+    fn stack_check(&self, code: &Code) -> Result<Option<usize>, &'static str> {
+        let argument = self.convention.arguments[0];
+        for (index, instruction) in code.instructions().iter().enumerate() {
+            if index > 0 && code.is_target(instruction.addr) {
+                return Err("a path joins before the stack check");
+            }
+            match instruction.kind {
+                Kind::CondJump(target) if self.grows_stack(code, target) => {
+                    return Ok(Some(index));
+                }
+                Kind::Other | Kind::Nop if !instruction.writes.contains(argument) => {}
+                _ => break,
+            }
+        }
+        // Without a check nothing starts the function anew.
+        let entry = code.instructions().first().map(|first| first.addr);
+        match entry {
+            Some(entry) if !code.is_target(entry) => Ok(None),
+            _ => Err("the stack check is not understood"),
+        }
+    }
+
+    /// The code at `target` goes straight to a call of `morestack`.
+    fn grows_stack(&self, code: &Code, target: Vaddr) -> bool {
+        let Some(index) = code.index_of(target) else {
+            return false;
+        };
+        code.instructions()[index..]
+            .iter()
+            .find(|instruction| !matches!(instruction.kind, Kind::Other | Kind::Nop))
+            .and_then(|instruction| match instruction.kind {
+                Kind::Call(callee) => self.functions.containing(callee),
+                _ => None,
+            })
+            .is_some_and(|(name, _)| name.starts_with("runtime.morestack"))
+    }
+
+    /// Every wait on channels and sync by its call of `gopark`.
+    fn call_sites(&self) -> Result<Vec<Found>, Refused> {
+        let gopark = self.entry("runtime.gopark")?;
+        let mcall = self.entry("runtime.mcall")?;
+        let throw = self.entry("runtime.throw")?;
+        let mut places = Vec::new();
+        for waits in WAITS {
+            // The linker leaves out what is never called.
+            if self.functions.entry(waits.name).is_none() {
+                continue;
+            }
+            let code = self.decode(waits.name)?;
+            let refused = |why: &str| Refused::new(waits.name, why);
+            if calls(&code, mcall).next().is_some() {
+                return Err(refused("gopark is inlined into it"));
+            }
+            let before = places.len();
+            for call in calls(&code, gopark) {
+                let instruction = &code.instructions()[call];
+                if !instruction.emulated {
+                    return Err(refused("its call of gopark is not emulated"));
+                }
+                let place = |vaddr, role, depth| Found {
+                    vaddr,
+                    role,
+                    depth,
+                    function: waits.name,
+                };
+                places.push(place(instruction.addr, Role::Park, waits.depth));
+                if waits.goes_on
+                    && let Some(vaddr) = self
+                        .resume(&code, call, throw)
+                        .map_err(|why| refused(&why))?
+                {
+                    places.push(place(vaddr, Role::Resume, 0));
+                }
+            }
+            if waits.itself && places.len() == before {
+                return Err(refused("does not call gopark"));
+            }
+        }
+        Ok(places)
+    }
+
+    /// Where a goroutine goes on after the wait at index `call`; `None` if it
+    /// never does: a wait on a nil channel, which the runtime follows with
+    /// `throw("unreachable")`.
+    fn resume(&self, code: &Code, call: usize, throw: Vaddr) -> Result<Option<Vaddr>, String> {
+        let vaddr = self.behind_call(code, call, self.convention.g)?;
+        let thrown = code
+            .index_of(vaddr)
+            .and_then(|index| code.instructions().get(index))
+            .is_some_and(|instruction| instruction.kind == Kind::Call(throw));
+        Ok((!thrown).then_some(vaddr))
+    }
+}
+
+/// Indices of the direct calls of `target`.
+fn calls(code: &Code, target: Vaddr) -> impl Iterator<Item = usize> {
+    code.instructions()
+        .iter()
+        .enumerate()
+        .filter(move |(_, instruction)| instruction.kind == Kind::Call(target))
+        .map(|(index, _)| index)
+}
