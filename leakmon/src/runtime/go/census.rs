@@ -38,6 +38,9 @@ const MAX_RUN: u64 = 1 << 16;
 /// Bytes of a stack that are read first; most parked goroutines need fewer.
 const STACK_FIRST: u64 = 1024;
 
+/// Stacks that are read in one go: bounds the buffer.
+const STACKS_AT_ONCE: usize = 512;
+
 /// Most bytes of a stack that are read: Go's own limit is 1 GB, of which a
 /// trace shows 100 frames.
 const STACK_MOST: u64 = 16 << 20;
@@ -618,34 +621,11 @@ impl<M: Memory> Census<M> {
         Ok(reads)
     }
 
-    /// Reads the gs at `addrs`, neighbours together.
+    /// Reads the gs at `addrs`.
     fn read_gs(&self, addrs: &[RuntimeAddr]) -> Result<Vec<RawG>, Refusal> {
-        let len = self.program.layout.g_len() as u64;
-        let mut ranges: Vec<Range> = Vec::new();
-        // Where in the buffer each g starts.
-        let mut starts = Vec::with_capacity(addrs.len());
-        let mut filled = 0usize;
-        for addr in addrs {
-            if let Some(last) = ranges.last_mut() {
-                let end = last.addr.wrapping_add(last.len as u64);
-                let gap = addr.0.wrapping_sub(end.0);
-                if gap < GAP && last.len as u64 + gap + len <= MAX_RUN {
-                    starts.push(filled + gap as usize);
-                    last.len += (gap + len) as usize;
-                    filled += (gap + len) as usize;
-                    continue;
-                }
-            }
-            starts.push(filled);
-            ranges.push(Range {
-                addr: *addr,
-                len: len as usize,
-            });
-            filled += len as usize;
-        }
-        let mut buf = vec![0; filled];
-        let done = self.memory.read_ranges(&ranges, &mut buf)?;
-        if done < filled {
+        let runs = Runs::of(addrs.iter().copied(), self.program.layout.g_len());
+        let mut buf = vec![0; runs.len];
+        if self.memory.read_ranges(&runs.ranges, &mut buf)? < runs.len {
             return Err(Refusal::Unproven(
                 "runtime.allgs points to memory that is not there".to_owned(),
             ));
@@ -653,7 +633,7 @@ impl<M: Memory> Census<M> {
         let decode = |(start, addr): (&usize, &RuntimeAddr)| {
             RawG::decode(buf.get(*start..)?, *addr, &self.program.layout)
         };
-        starts
+        runs.starts
             .iter()
             .zip(addrs)
             .map(decode)
@@ -671,10 +651,9 @@ impl<M: Memory> Census<M> {
         frames: usize,
     ) -> Result<Vec<usize>, Refusal> {
         let g_len = self.program.layout.g_len();
-        let mut again = Vec::new();
-        let mut deeper = Vec::new();
-        // Bounds the buffer of a batch of deep stacks.
-        for part in todo.chunks(512) {
+        let mut alone = Vec::new();
+        let mut buf = Vec::new();
+        for part in todo.chunks(STACKS_AT_ONCE) {
             let mut ranges = Vec::with_capacity(part.len() * 2);
             for i in part {
                 let g = &reads[*i].g;
@@ -683,44 +662,31 @@ impl<M: Memory> Census<M> {
                     addr: RuntimeAddr(sp),
                     len: g.depth().min(STACK_FIRST) as usize,
                 });
-                ranges.push(Range {
-                    addr: g.addr,
-                    len: g_len,
-                });
             }
-            let wanted: usize = ranges.iter().map(|r| r.len).sum();
-            let mut buf = vec![0; wanted];
+            let stacks_len: usize = ranges.iter().map(|r| r.len).sum();
+            let runs = Runs::of(part.iter().map(|i| reads[*i].g.addr), g_len);
+            ranges.extend(&runs.ranges);
+            buf.resize(stacks_len + runs.len, 0);
             let done = self.memory.read_ranges(&ranges, &mut buf)?;
+            if done < buf.len() {
+                // A stack that was freed meanwhile ends the whole read.
+                alone.extend(part);
+                continue;
+            }
+            let (stacks, gs) = buf.split_at(stacks_len);
             let mut at = 0;
-            for (i, pair) in part.iter().zip(ranges.chunks_exact(2)) {
-                let (stack, g) = (
-                    at..at + pair[0].len,
-                    at + pair[0].len..at + pair[0].len + g_len,
-                );
-                at = g.end;
-                if at > done {
-                    // A stack that was freed meanwhile ends the whole read:
-                    // each one behind it is read on its own.
-                    again.push(*i);
-                    continue;
-                }
-                let outcome = self.unwind(&mut reads[*i], &buf[stack], &buf[g], frames);
-                match outcome {
+            for (n, i) in part.iter().enumerate() {
+                let stack = &stacks[at..at + ranges[n].len];
+                at += ranges[n].len;
+                match self.unwind(&mut reads[*i], stack, &gs[runs.starts[n]..], frames) {
                     Outcome::Done => {}
-                    Outcome::Changed => again.push(*i),
-                    Outcome::Deeper => deeper.push(*i),
+                    Outcome::Changed | Outcome::Deeper => alone.push(*i),
                 }
             }
         }
-        for i in deeper {
-            if !self.read_deep(&mut reads[i], frames)? {
-                again.push(i);
-            }
-        }
-        // Goroutines behind a freed stack, one at a time.
         let mut left = Vec::new();
-        for i in again {
-            if !self.read_deep(&mut reads[i], frames)? {
+        for i in alone {
+            if !self.read_alone(&mut reads[i], frames)? {
                 left.push(i);
             }
         }
@@ -729,7 +695,7 @@ impl<M: Memory> Census<M> {
 
     /// Reads one goroutine's stack, as much of it as needed. False when it
     /// changed meanwhile.
-    fn read_deep(&mut self, read: &mut Read, frames: usize) -> Result<bool, Refusal> {
+    fn read_alone(&mut self, read: &mut Read, frames: usize) -> Result<bool, Refusal> {
         let g_len = self.program.layout.g_len();
         let mut want = STACK_FIRST;
         loop {
@@ -861,6 +827,36 @@ impl<M: Memory> Census<M> {
                 Some((string(at)?, string(at.wrapping_add(16))?))
             })
             .collect()
+    }
+}
+
+/// Reads of equal length at many addresses, neighbours joined.
+struct Runs {
+    ranges: Vec<Range>,
+    /// Where in the buffer each read starts.
+    starts: Vec<usize>,
+    /// Bytes in all.
+    len: usize,
+}
+
+impl Runs {
+    fn of(addrs: impl Iterator<Item = RuntimeAddr>, each: usize) -> Runs {
+        let mut runs = Runs { ranges: Vec::new(), starts: Vec::new(), len: 0 };
+        for addr in addrs {
+            if let Some(last) = runs.ranges.last_mut() {
+                let gap = addr.0.wrapping_sub(last.addr.0).wrapping_sub(last.len as u64);
+                if gap < GAP && last.len as u64 + gap + each as u64 <= MAX_RUN {
+                    runs.starts.push(runs.len + gap as usize);
+                    last.len += gap as usize + each;
+                    runs.len += gap as usize + each;
+                    continue;
+                }
+            }
+            runs.starts.push(runs.len);
+            runs.ranges.push(Range { addr, len: each });
+            runs.len += each;
+        }
+        runs
     }
 }
 
