@@ -13,8 +13,8 @@ pub struct TargetLayout {
     pub goid: u16,
     /// `g.gopc`, the return address of the `go` statement.
     pub gopc: u16,
-    /// `g.startpc`, the entry of the goroutine's function. The kernel side reads
-    /// it together with `gopc`: it must lie 8 to 24 bytes after it.
+    /// `g.startpc`, the entry of the goroutine's function. The kernel side reads it
+    /// together with `gopc`: it must lie 16 bytes after it.
     pub startpc: u16,
     /// `g.waitreason` (u8). Read by [`Role::ParkUniversal`] only.
     pub waitreason: u16,
