@@ -148,8 +148,8 @@ mod tests {
         Plan {
             target: TargetLayout {
                 goid: 152,
-                gopc: 280,
-                startpc: 296,
+                gopc: 288,
+                startpc: 304,
                 waitreason: 176,
                 sched_bp: 96,
                 reasons: !0,
