@@ -1,1 +1,4 @@
 //! Pure views of the model.
+
+#[cfg(test)]
+pub(crate) mod sample;
