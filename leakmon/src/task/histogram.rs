@@ -97,8 +97,10 @@ mod tests {
 
     #[test]
     fn counts_saturate() {
-        let mut histogram = Histogram::default();
-        histogram.buckets = [u64::MAX; HISTOGRAM_BUCKETS];
+        let mut histogram = Histogram {
+            buckets: [u64::MAX; HISTOGRAM_BUCKETS],
+            total_ns: 0,
+        };
         assert_eq!(histogram.count(), u64::MAX);
         assert!(histogram.quantile(1.0).is_some());
         let other = histogram.clone();
