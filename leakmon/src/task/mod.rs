@@ -4,9 +4,15 @@
 //! Every runtime fills these types and every report reads them, so a report
 //! knows nothing of Go and a runtime nothing of reports.
 
+mod histogram;
+pub mod human;
+mod merge;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
+
+pub use merge::{SiteHash, SiteState, WaitState, merge, rates, reconcile};
 
 pub use leakmon_common::{HISTOGRAM_BUCKETS, SiteKey};
 
