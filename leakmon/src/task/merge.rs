@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{
-    Flow, Frame, Histogram, Population, Rates, Reconciliation, Site, SiteKey, Stack, State,
+    Flow, Frame, Histogram, Population, Rates, Reconciliation, Site, SiteFlow, SiteKey, Stack,
+    State,
 };
 
 /// Names a site by what the source says (creator's function and line, and the
@@ -282,32 +283,50 @@ pub fn rates(before: &Flow, now: &Flow, attached: Duration) -> Rates {
     }
 }
 
-/// Holds a census against the probes: `before` and `now` are a census each
-/// with the probes' counts read beside it, probes attached without a break
-/// between them.
+/// A census with the probes' counts read on either side of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Checkpoint {
+    /// [`Population::count`] and [`Population::unstable`].
+    live: u64,
+    unstable: u64,
+    /// Spawned and ended, before the census and after it.
+    before: (u64, u64),
+    after: (u64, u64),
+}
+
+impl Checkpoint {
+    /// `before` and `after` are the probes' counts next to the census.
+    pub fn new(population: &Population, before: SiteFlow, after: SiteFlow) -> Checkpoint {
+        Checkpoint {
+            live: population.count,
+            unstable: population.unstable,
+            before: (before.spawned, before.exited),
+            after: (after.spawned, after.exited),
+        }
+    }
+
+    /// Tasks spawned or ended while the census was taken.
+    fn moved(&self) -> u64 {
+        self.after.0.saturating_sub(self.before.0) + self.after.1.saturating_sub(self.before.1)
+    }
+}
+
+/// Holds a census against the probes, which have been attached without a break
+/// since `base`.
 ///
-/// The uncertainty is the number of tasks that may have been spawned or ended
-/// between the census and the reading of the counts beside it: the spawns and
-/// exits of the whole span, scaled to the time that both censuses took, and
-/// every task that changed while it was read.
-pub fn reconcile(before: (&Population, &Flow), now: (&Population, &Flow)) -> Reconciliation {
-    let (spawned_before, exited_before) = totals(before.1);
-    let (spawned, exited) = totals(now.1);
-    let spawned = spawned.saturating_sub(spawned_before);
-    let exited = exited.saturating_sub(exited_before);
+/// The uncertainty is the number of tasks of which nobody can say whether they
+/// were in a census: those spawned or ended while it was taken, and those that
+/// changed while they were read.
+pub fn reconcile(base: &Checkpoint, now: &Checkpoint) -> Reconciliation {
     let signed = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
-    let expected = signed(before.0.count)
+    let spawned = now.after.0.saturating_sub(base.after.0);
+    let exited = now.after.1.saturating_sub(base.after.1);
+    let expected = signed(base.live)
         .saturating_add(signed(spawned))
         .saturating_sub(signed(exited));
-    let took = before.0.took.saturating_add(now.0.took).as_secs_f64();
-    let span = now.0.taken_at.saturating_sub(before.0.taken_at) as f64 / 1e9;
-    let share = if span > 0.0 { took / span } else { 0.0 };
-    let meanwhile = ((spawned + exited) as f64 * share).ceil() as u64;
     Reconciliation {
-        difference: signed(now.0.count).saturating_sub(expected),
-        uncertainty: meanwhile
-            .saturating_add(before.0.unstable)
-            .saturating_add(now.0.unstable),
+        difference: signed(now.live).saturating_sub(expected),
+        uncertainty: base.moved() + now.moved() + base.unstable + now.unstable,
     }
 }
 
@@ -377,23 +396,35 @@ mod tests {
     #[test]
     fn difference_is_what_the_probes_do_not_explain() {
         let site = sample::site("main.main", 9, "main.work");
-        let mut before = sample::Census::new();
-        before.group(&site, "select", "main.work", 1, 10, 0);
-        let mut before = before.done();
-        before.taken_at = 0;
-        let mut now = before.clone();
-        now.taken_at = 1_000_000_000;
-        now.took = Duration::from_millis(10);
+        let mut base = sample::Census::new();
+        base.group(&site, "select", "main.work", 1, 10, 0);
+        let base = base.done();
+        let mut now = base.clone();
         now.count = 17;
-        let counts = |spawned, exited| Flow {
+        let counts = |spawned, exited| SiteFlow { spawned, exited };
+        let quiet = Checkpoint::new(&base, counts(100, 90), counts(100, 90));
+        let later = Checkpoint::new(&now, counts(300, 285), counts(300, 285));
+        let answer = reconcile(&quiet, &later);
+        assert_eq!((answer.difference, answer.uncertainty), (2, 0));
+        // Three spawned and one ended while the census was taken.
+        let busy = Checkpoint::new(&now, counts(297, 284), counts(300, 285));
+        assert_eq!(
+            reconcile(&quiet, &busy),
+            Reconciliation {
+                difference: 2,
+                uncertainty: 4
+            }
+        );
+    }
+
+    #[test]
+    fn rates_are_over_the_time_attached() {
+        let site = sample::site("main.main", 9, "main.work");
+        let flow = |spawned, exited| Flow {
             sites: vec![(site.clone(), SiteFlow { spawned, exited })],
             ..Flow::default()
         };
-        let answer = reconcile((&before, &counts(100, 90)), (&now, &counts(300, 285)));
-        assert_eq!(answer.difference, 2);
-        // 395 spawns and exits, 11 ms of 1 s.
-        assert_eq!(answer.uncertainty, 5);
-        let rates = rates(&counts(100, 90), &counts(300, 285), Duration::from_secs(2));
+        let rates = rates(&flow(100, 90), &flow(300, 285), Duration::from_secs(2));
         assert_eq!(rates.spawned_per_second, 100.0);
         assert_eq!(rates.exited_per_second, 97.5);
     }

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use merge::{SiteHash, SiteState, WaitState, merge, rates, reconcile};
+pub use merge::{Checkpoint, SiteHash, SiteState, WaitState, merge, rates, reconcile};
 
 pub use leakmon_common::{HISTOGRAM_BUCKETS, SiteKey};
 

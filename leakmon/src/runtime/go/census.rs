@@ -841,10 +841,17 @@ struct Runs {
 
 impl Runs {
     fn of(addrs: impl Iterator<Item = RuntimeAddr>, each: usize) -> Runs {
-        let mut runs = Runs { ranges: Vec::new(), starts: Vec::new(), len: 0 };
+        let mut runs = Runs {
+            ranges: Vec::new(),
+            starts: Vec::new(),
+            len: 0,
+        };
         for addr in addrs {
             if let Some(last) = runs.ranges.last_mut() {
-                let gap = addr.0.wrapping_sub(last.addr.0).wrapping_sub(last.len as u64);
+                let gap = addr
+                    .0
+                    .wrapping_sub(last.addr.0)
+                    .wrapping_sub(last.len as u64);
                 if gap < GAP && last.len as u64 + gap + each as u64 <= MAX_RUN {
                     runs.starts.push(runs.len + gap as usize);
                     last.len += gap as usize + each;
@@ -880,11 +887,4 @@ pub fn monotonic_ns() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |t| {
         t.tv_sec().cast_unsigned() * 1_000_000_000 + t.tv_nsec().cast_unsigned()
     })
-}
-
-impl Program {
-    fn wait_reason_or_number(&self, reason: u8) -> Arc<str> {
-        self.wait_reason(reason)
-            .map_or_else(|| format!("wait reason {reason}").into(), Arc::clone)
-    }
 }

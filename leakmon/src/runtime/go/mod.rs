@@ -4,7 +4,8 @@
 //! is Go and which, [`layout`] where that version keeps things, [`pclntab`]
 //! reads its functions and lines, [`program`] puts these together for one
 //! executable. [`variables`] and [`places`] find by disassembly what no symbol
-//! leads to in a stripped program. [`symbols`] turns program counters into
+//! leads to in a stripped program, and [`probes`] makes a plan of them.
+//! [`symbols`] turns program counters into
 //! source positions, [`stack`] unwinds, and [`census`] reads every goroutine of
 //! a process.
 
@@ -13,6 +14,7 @@ pub mod census;
 pub mod layout;
 pub mod pclntab;
 pub mod places;
+pub mod probes;
 pub mod program;
 pub mod stack;
 pub mod symbols;
@@ -34,7 +36,10 @@ use variables::Variables;
 /// [`Refusal`] says why they cannot be read.
 pub fn open(process: &Process) -> Result<Census<ProcessMemory>, Refusal> {
     let file = process.executable.try_clone().map_err(|source| {
-        Refusal::Elf(crate::binary::elf::ElfError::Io { what: "its executable", source })
+        Refusal::Elf(crate::binary::elf::ElfError::Io {
+            what: "its executable",
+            source,
+        })
     })?;
     let elf = Elf::parse(&file)?;
     let bias = process.load_bias(elf.entry);

@@ -19,6 +19,16 @@ use super::variables::Functions;
 /// Bytes read at a time when the target's data is searched.
 const CHUNK: usize = 1 << 20;
 
+/// Packages whose functions are looked up by name: those that make, park and
+/// end goroutines.
+const PACKAGES: [&[u8]; 5] = [
+    b"runtime.",
+    b"sync.",
+    b"reflect.",
+    b"internal/sync.",
+    b"internal/poll.",
+];
+
 /// Most wait reasons that a runtime is believed to have; 1.27 has 47.
 const MAX_WAIT_REASONS: usize = 128;
 
@@ -193,7 +203,7 @@ impl Program {
                 continue;
             };
             last_id = last_id.max(self.table.func_id(function).unwrap_or(0));
-            if !name.starts_with(b"runtime.") && !name.starts_with(b"sync.") {
+            if !PACKAGES.iter().any(|package| name.starts_with(package)) {
                 continue;
             }
             let Ok(name) = std::str::from_utf8(name) else {
@@ -202,7 +212,9 @@ impl Program {
             // A function and its wrapper for the other calling convention have
             // the same name: the function is meant.
             if self.table.func_id(function) == Some(self.layout.func_id_wrapper) {
-                self.runtime_functions.entry(name.into()).or_insert(function);
+                self.runtime_functions
+                    .entry(name.into())
+                    .or_insert(function);
             } else {
                 self.runtime_functions.insert(name.into(), function);
             }
@@ -228,10 +240,10 @@ impl Program {
         self.wait_reasons.get(usize::from(reason))
     }
 
-    /// The number of the wait reason called `name`.
-    pub fn wait_reason_number(&self, name: &str) -> Option<u8> {
-        let index = self.wait_reasons.iter().position(|r| &**r == name)?;
-        u8::try_from(index).ok()
+    /// The words of `g.waitreason` number `reason`, or the number itself.
+    pub fn wait_reason_or_number(&self, reason: u8) -> Arc<str> {
+        self.wait_reason(reason)
+            .map_or_else(|| format!("wait reason {reason}").into(), Arc::clone)
     }
 
     /// Every wait reason, by number.
@@ -282,7 +294,10 @@ impl Functions for Program {
 
     fn code(&self, name: &str) -> Option<(Vaddr, Cow<'_, [u8]>)> {
         let function = self.runtime_function(name)?;
-        Some((self.vaddr(function.entry), Program::code(self, function)?.into()))
+        Some((
+            self.vaddr(function.entry),
+            Program::code(self, function)?.into(),
+        ))
     }
 
     fn containing(&self, addr: Vaddr) -> Option<(&str, Vaddr)> {
