@@ -1,9 +1,11 @@
 //! Pure views of the model.
 //!
 //! A [`Report`] is everything that one interval's report shows; [`table`] and
-//! [`json`] draw it. Nothing here reads a process.
+//! [`json`] draw it. [`stacks`] draws a [`Dump`](crate::task::Dump) of every
+//! task. Nothing here reads a process.
 
 pub mod json;
+pub mod stacks;
 pub mod table;
 
 #[cfg(test)]

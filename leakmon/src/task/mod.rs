@@ -27,9 +27,13 @@ pub struct Frame {
     pub file: Arc<str>,
     /// Line in `file`, from 1; 0 when unknown.
     pub line: u32,
-    /// Program counter in the process (the return address for a caller).
+    /// Program counter in the process, as the runtime's own profiles have it:
+    /// the return address; where the frame before was inlined into this one,
+    /// one more than the address of the inlining's mark (or the return address
+    /// of the frame before, where the mark is not known).
     pub pc: u64,
-    /// Bytes from the start of the (outermost, not inlined) function to `pc`.
+    /// Bytes from the start of the (outermost, not inlined) function to the
+    /// return address, which inlined frames share.
     pub offset: u64,
     /// Entry of the (outermost, not inlined) function, in the process.
     pub entry: u64,
