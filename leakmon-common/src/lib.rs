@@ -330,7 +330,7 @@ mod tests {
 
     #[test]
     fn parked_keys_of_two_targets_differ() {
-        let g = 0xc000_0001_a0;
+        let g = 0xc0_0000_01a0;
         assert_ne!(parked_key(0, g), parked_key(1, g));
         assert_eq!(parked_key(3, g) >> 48, 3);
         assert_eq!(parked_key(3, g) & 0xffff_ffff_ffff, g);
