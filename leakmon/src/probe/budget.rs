@@ -46,6 +46,9 @@ const PROBE: Duration = Duration::from_millis(20);
 /// Ticks come at least so far apart, and at most so far.
 const TICK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(50));
 
+/// A tier is not given up before the target was seen for so long.
+const ACQUAINTED: Duration = Duration::from_secs(1);
+
 /// Before a tier that was given up is tried again: first, and at most.
 const RETRY: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(320));
 
@@ -140,8 +143,8 @@ pub struct Governor {
     blocking: Rate,
     /// For the tiers above `wanted`.
     retry: Option<Retry>,
-    /// When the tier that is attached was attached.
-    since: Duration,
+    /// How long the target has been seen.
+    seen: Duration,
     interval: Sums,
 }
 
@@ -183,7 +186,7 @@ impl Governor {
             lifecycle: Rate::default(),
             blocking: Rate::default(),
             retry: None,
-            since: Duration::ZERO,
+            seen: Duration::ZERO,
             interval: Sums::default(),
         }
     }
@@ -203,16 +206,16 @@ impl Governor {
             self.account(last, reading);
         }
         let Some(_) = self.share else {
-            return self.step(reading.now, self.wanted, TICK.1);
+            return self.step(self.wanted, TICK.1);
         };
         self.choose_tier(reading.now);
         if self.wanted == Tier::Census {
-            return self.step(reading.now, Tier::Census, TICK.1);
+            return self.step(Tier::Census, TICK.1);
         }
         if self.attached == self.wanted {
-            return self.while_attached(reading.now);
+            return self.while_attached();
         }
-        self.while_saving(reading.now)
+        self.while_saving()
     }
 
     /// Moves the readings' differences into the bucket and the averages.
@@ -234,7 +237,13 @@ impl Governor {
         // What the probes cost is part of what the target used, but not its own.
         let used = (cpu_ns - cost_ns).max(0.0) / nanos;
         let allowed = (used * self.share.unwrap_or(0.0)).max(FLOOR_PERCENT / 100.0);
-        self.allowance += (allowed - self.allowance) * weight(time);
+        let weight = if self.seen.is_zero() {
+            1.0
+        } else {
+            weight(time)
+        };
+        self.allowance += (allowed - self.allowance) * weight;
+        self.seen += time;
         if self.attached >= Tier::Lifecycle {
             self.lifecycle.add(lifecycle_ns / nanos, time);
             self.interval.lifecycle += seconds;
@@ -270,6 +279,7 @@ impl Governor {
     fn choose_tier(&mut self, now: Duration) {
         if let Some(rate) = self.rate(self.wanted)
             && rate * MIN_SHARE > self.allowance
+            && self.seen >= ACQUAINTED
         {
             let pause = self
                 .retry
@@ -304,17 +314,17 @@ impl Governor {
         }
     }
 
-    fn while_attached(&mut self, now: Duration) -> Step {
+    fn while_attached(&mut self) -> Step {
         let rate = self.rate(self.attached);
         if self.tokens <= 0.0 {
             let rest = self.rest();
-            return self.step(now, rest, self.pause(rest));
+            return self.step(rest, self.pause(rest));
         }
         let after = match rate {
             Some(rate) if rate > self.allowance => self.until_empty(rate),
             _ => TICK.1,
         };
-        self.step(now, self.attached, after)
+        self.step(self.attached, after)
     }
 
     /// How long the tokens last.
@@ -355,14 +365,14 @@ impl Governor {
         }
     }
 
-    fn while_saving(&mut self, now: Duration) -> Step {
-        if self.tokens < self.price() && self.since != Duration::ZERO {
+    fn while_saving(&mut self) -> Step {
+        if self.tokens < self.price() {
             let rest = if self.attached == Tier::Census || self.tokens <= 0.0 {
                 self.rest()
             } else {
                 self.attached
             };
-            return self.step(now, rest, self.pause(rest));
+            return self.step(rest, self.pause(rest));
         }
         self.tokens -= SWITCH_NS;
         let after = match self.rate(self.wanted) {
@@ -370,13 +380,10 @@ impl Governor {
             Some(_) => TICK.1,
             None => PROBE,
         };
-        self.step(now, self.wanted, after)
+        self.step(self.wanted, after)
     }
 
-    fn step(&mut self, now: Duration, tier: Tier, after: Duration) -> Step {
-        if tier != self.attached || self.since == Duration::ZERO {
-            self.since = now.max(Duration::from_nanos(1));
-        }
+    fn step(&mut self, tier: Tier, after: Duration) -> Step {
         self.attached = tier;
         Step { tier, after }
     }
