@@ -12,20 +12,17 @@ use super::kernel::Attached;
 use super::plan::Tier;
 
 /// A process whose probes are governed until this is dropped.
-#[derive(Debug)]
 pub struct Driver {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
-#[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
     /// Signalled to end the thread.
     wake: Condvar,
 }
 
-#[derive(Debug)]
 struct State {
     attached: Attached,
     governor: Governor,
