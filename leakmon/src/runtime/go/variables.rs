@@ -19,8 +19,8 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use crate::binary::addr::Vaddr;
-use crate::binary::disasm::values::{Value, walk};
-use crate::binary::disasm::{Access, Addend, Architecture, Code, Register};
+use crate::binary::disasm::values::{Value, Values, walk};
+use crate::binary::disasm::{Access, Addend, Architecture, Code, Instruction, Register};
 
 /// The functions of a binary: what pclntab and the text segment say.
 pub trait Functions {
@@ -247,6 +247,24 @@ impl Allgadd {
 /// `runtime/proc.go`, Go 1.18 to 1.27.
 const GOID_BATCH: u64 = 16;
 
+/// What an instruction adds atomically, where it is a known constant.
+fn added(instruction: &Instruction, values: &Values) -> Option<u64> {
+    match instruction.memory?.access {
+        Access::AtomicAdd(Addend::Constant(constant)) => Some(constant as u64),
+        Access::AtomicAdd(Addend::Register(register)) => match values.get(register) {
+            Value::Constant(constant) => Some(constant),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// The instruction takes a batch of goroutine ids from `sched.goidgen`.
+pub(super) fn takes_ids(instruction: &Instruction, values: &Values) -> bool {
+    instruction.memory.is_some_and(|memory| memory.width == 8)
+        && added(instruction, values) == Some(GOID_BATCH)
+}
+
 /// `sched` and `sched.ngsys`.
 fn sched(
     architecture: Architecture,
@@ -261,14 +279,9 @@ fn sched(
         let Some(memory) = instruction.memory else {
             return;
         };
-        let Access::AtomicAdd(addend) = memory.access else {
-            return;
-        };
-        let addend = match addend {
-            Addend::Constant(constant) => Value::Constant(constant as u64),
-            Addend::Register(register) => values.get(register),
-        };
-        if let (Value::Constant(addr), Value::Constant(addend)) = (values.place(&memory), addend) {
+        if let (Value::Constant(addr), Some(addend)) =
+            (values.place(&memory), added(instruction, values))
+        {
             match (memory.width, addend) {
                 (8, GOID_BATCH) => {
                     ids.insert(addr);
