@@ -178,7 +178,7 @@ fn assigns(decoded: &Decoded) -> Option<Assignment> {
             from: to,
             addend: decoded.immediate8to64(),
         }),
-        Opcode::Add_rm64_imm32 => Some(Assignment::Sum {
+        Opcode::Add_rm64_imm32 | Opcode::Add_RAX_imm32 => Some(Assignment::Sum {
             to,
             from: to,
             addend: decoded.immediate32to64(),

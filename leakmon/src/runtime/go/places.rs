@@ -5,7 +5,7 @@
 //! | spawn | `CALL runqput` in `newproc.func1` | BX / R1: the new `g`; R14 / R28: `g0` |
 //! | spawn (returned) | behind `CALL newproc1` in `newproc.func1`, where `runqput` is inlined, and in `newcoro.func1` | AX / R0: the new `g` |
 //! | the same | `CALL casgstatus` from dead in `newproc.func1`, where `newproc1` is inlined | AX / R0: the new `g` |
-//! | exit | `gdestroy` (from Go 1.22) or `goexit0`, behind the stack check | AX / R0: the `g` |
+//! | exit | `gdestroy` (from Go 1.22) or `goexit0`, at or behind the stack check | AX / R0: the `g` |
 //! | park | every `CALL gopark` in the functions that block on channels and sync | R14 / R28: the `g`; CX / R2: the reason |
 //! | resume | behind that call | R14 / R28: the `g` |
 //! | park (universal) | `park_m` behind its stack check | AX / R0: the `g` |
@@ -18,7 +18,7 @@
 //! here are in `runtime/proc.go`, `chan.go`, `select.go`, `sema.go` and `coro.go`
 //! of Go 1.18 to 1.27.
 
-use super::variables::{Convention, Functions, Refused, decode, takes_ids};
+use super::variables::{Additions, Convention, Functions, Refused, decode};
 use crate::binary::addr::Vaddr;
 use crate::binary::disasm::values::{Value, walk};
 use crate::binary::disasm::{Architecture, Code, Instruction, Kind, Register};
@@ -269,6 +269,7 @@ impl<F: Functions> Finder<'_, F> {
         let mut revived = Vec::new();
         let mut taken = Vec::new();
         let mut unclear = false;
+        let additions = Additions::new(self.functions, self.convention);
         walk(code, first, |instruction, values| {
             if instruction.kind == Kind::Call(casgstatus) {
                 match values.get(second) {
@@ -277,7 +278,7 @@ impl<F: Functions> Finder<'_, F> {
                     _ => unclear = true,
                 }
             }
-            if takes_ids(instruction, values) {
+            if additions.takes_ids(instruction, values) {
                 taken.push(instruction.addr);
             }
         });
@@ -328,7 +329,9 @@ impl<F: Functions> Finder<'_, F> {
     }
 
     /// The call of `runqput` on the only way from the call of `newproc1` at
-    /// `made`, with what that returned as its second argument.
+    /// `made`. Its second argument is what that returned: either in its register
+    /// all the way, or (without optimisation) by way of the stack, where values
+    /// are not followed.
     fn queued(&self, code: &Code, made: usize, newproc1: Vaddr, runqput: Vaddr) -> Option<Vaddr> {
         let [first, second, _] = self.convention.arguments;
         let straight = code.instructions()[made..]
@@ -342,7 +345,12 @@ impl<F: Functions> Finder<'_, F> {
         let mut passed = false;
         walk(code, first, |instruction, values| {
             if instruction.addr == straight {
-                passed = instruction.emulated && values.get(second) == Value::Returned(newproc1, 0);
+                passed = instruction.emulated
+                    && match values.get(second) {
+                        Value::Returned(call, offset) => call == newproc1 && offset == 0,
+                        Value::Unknown => true,
+                        Value::Constant(_) | Value::Argument(..) => false,
+                    };
             }
         });
         passed.then_some(straight)
@@ -441,8 +449,14 @@ impl<F: Functions> Finder<'_, F> {
         Err("there is no emulated instruction")
     }
 
-    /// The first emulated instruction behind the stack check of a function
-    /// whose first argument is a `g`, with this argument still in its register.
+    /// The first emulated instruction behind the stack check of a function that
+    /// runs on a thread's own stack (`g0`), with its first argument, a `g`,
+    /// still in its register.
+    ///
+    /// Where there is none, the branch of the check itself: on this stack it is
+    /// never taken in a program that lives, for `morestack` on `g0` is fatal
+    /// (`badmorestackg0` in `runtime/stubs.go`, Go 1.18 to 1.27), so that the
+    /// function is never started anew.
     fn behind_stack_check(
         &self,
         function: &'static str,
@@ -450,13 +464,17 @@ impl<F: Functions> Finder<'_, F> {
         depth: u8,
     ) -> Result<Found, Refused> {
         let code = self.decode(function)?;
-        let check = self
-            .stack_check(&code)
-            .map_err(|why| Refused::new(function, why))?;
+        let refused = |why: &str| Refused::new(function, why);
+        let check = self.stack_check(&code).map_err(refused)?;
         let run = &code.instructions()[check.map_or(0, |index| index + 1)..];
-        let vaddr = self
-            .first_emulated(&code, run, self.convention.arguments[0])
-            .map_err(|why| Refused::new(function, format!("behind the stack check, {why}")))?;
+        let vaddr = match (
+            self.first_emulated(&code, run, self.convention.arguments[0]),
+            check.map(|index| &code.instructions()[index]),
+        ) {
+            (Ok(vaddr), _) => vaddr,
+            (Err(_), Some(branch)) if branch.emulated => branch.addr,
+            (Err(why), _) => return Err(refused(&format!("behind the stack check, {why}"))),
+        };
         Ok(Found {
             vaddr,
             role,
