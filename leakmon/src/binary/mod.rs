@@ -1,4 +1,6 @@
-//! What a file says: ELF, load bias, symbols, safe probe addresses.
+//! What a file says: ELF headers, the bridges between its three kinds of
+//! address, and the instructions of its functions.
 
 pub mod addr;
 pub mod disasm;
+pub mod elf;

@@ -1,1 +1,4 @@
-//! What the system says of a process: identity, memory.
+//! What the system says of a process: who it is, and what is in its memory.
+
+pub mod identity;
+pub mod memory;

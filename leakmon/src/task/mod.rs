@@ -4,9 +4,15 @@
 //! Every runtime fills these types and every report reads them, so a report
 //! knows nothing of Go and a runtime nothing of reports.
 
+mod histogram;
+pub mod human;
+mod merge;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
+
+pub use merge::{Checkpoint, SiteHash, SiteState, WaitState, merge, rates, reconcile};
 
 pub use leakmon_common::{HISTOGRAM_BUCKETS, SiteKey};
 
@@ -14,20 +20,28 @@ pub use leakmon_common::{HISTOGRAM_BUCKETS, SiteKey};
 /// their own.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Frame {
-    /// Function name as the runtime writes it: `main.(*server).sum.func1`.
+    /// Function name as the binary's function table has it, type arguments
+    /// included: `main.(*server).sum.func1`, `main.Map[go.shape.int]`.
     pub function: Arc<str>,
     /// Source file as the compiler recorded it.
     pub file: Arc<str>,
     /// Line in `file`, from 1; 0 when unknown.
     pub line: u32,
-    /// Program counter in the process (the return address for a caller).
+    /// Program counter in the process, as the runtime's own profiles have it:
+    /// the return address; where the frame before was inlined into this one,
+    /// one more than the address of the inlining's mark (or the return address
+    /// of the frame before, where the mark is not known).
     pub pc: u64,
-    /// Bytes from the start of the (outermost, not inlined) function to `pc`.
+    /// Bytes from the start of the (outermost, not inlined) function to the
+    /// return address, which inlined frames share.
     pub offset: u64,
     /// Entry of the (outermost, not inlined) function, in the process.
     pub entry: u64,
     /// The call was inlined into the next frame of the stack.
     pub inlined: bool,
+    /// The runtime leaves the frame out of its own traces (Go's `runtime.gopark`),
+    /// unless that would leave nothing.
+    pub hidden: bool,
 }
 
 /// Where tasks were spawned. Tasks with equal [`SiteKey`] have equal sites.
@@ -116,8 +130,9 @@ pub struct Group {
 /// A stack, innermost frame first.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Stack {
-    /// Every physical and inlined frame that the runtime itself would show,
-    /// innermost first.
+    /// Every physical and inlined frame, innermost first, the runtime's own
+    /// included; only compiler-made wrappers that the runtime never shows are
+    /// left out.
     pub frames: Vec<Frame>,
     /// Index in `frames` of the innermost frame that is not the runtime's or
     /// the standard library's own synchronisation code: where a person would

@@ -20,14 +20,7 @@ pub mod x86_64;
 /// function of Go's runtime that matters here has under 10 KiB.
 pub const MAX_CODE: usize = 64 << 10;
 
-/// Instruction sets that are understood.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Architecture {
-    /// x86-64, Go's amd64.
-    X86_64,
-    /// AArch64, Go's arm64.
-    Aarch64,
-}
+pub use super::elf::Arch as Architecture;
 
 /// A general-purpose register by its number in instruction encodings: RAX 0,
 /// RCX 1, RDX 2, RBX 3, RSP 4, ..., R15 15; X0 to X30, SP 31. AArch64's zero

@@ -18,30 +18,12 @@
 //! here are in `runtime/proc.go`, `chan.go`, `select.go`, `sema.go` and `coro.go`
 //! of Go 1.18 to 1.27.
 
+pub use crate::probe::Role;
+
 use super::variables::{Additions, Convention, Functions, Refused, decode};
 use crate::binary::addr::Vaddr;
 use crate::binary::disasm::values::{Value, walk};
 use crate::binary::disasm::{Architecture, Code, Instruction, Kind, Register};
-
-/// What happens at a place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Role {
-    /// A goroutine was made; its `g` is the second argument.
-    Spawn,
-    /// A goroutine was made; its `g` is in the first result register.
-    SpawnReturned,
-    /// A goroutine ends; its `g` is the first argument.
-    Exit,
-    /// The running goroutine is about to wait; the reason is the third
-    /// argument.
-    Park,
-    /// The running goroutine goes on after a wait.
-    Resume,
-    /// A goroutine waits, whatever for; its `g` is the first argument.
-    ParkUniversal,
-    /// A goroutine is made ready to run; its `g` is the first argument.
-    Ready,
-}
 
 /// One place to probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

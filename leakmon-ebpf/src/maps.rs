@@ -1,0 +1,44 @@
+//! Every map. Sizes are the defaults; user space scales some of them when it
+//! loads the object.
+//!
+//! Two programs can run on one CPU at a time (a program can be preempted), so
+//! counters are added to atomically even where there is one for each CPU.
+
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    macros::map,
+    maps::{Array, HashMap, PerCpuArray, PerCpuHashMap, Queue},
+};
+use leakmon_common::{
+    Counters, MAX_TARGETS, Parked, SiteCount, Target, TargetSite, WaitCount, WaitKey,
+};
+
+/// What is known of each watched process. Written by user space only.
+#[map]
+pub static TARGETS: Array<Target> = Array::with_max_entries(MAX_TARGETS, 0);
+
+/// Hits and drops of each target.
+#[map]
+pub static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(MAX_TARGETS, 0);
+
+/// Spawns and exits by site.
+#[map]
+pub static SITES: PerCpuHashMap<TargetSite, SiteCount> =
+    PerCpuHashMap::with_max_entries(16 * 1024, BPF_F_NO_PREALLOC);
+
+/// The latest park of every goroutine struct, by
+/// [`leakmon_common::parked_key`].
+#[map]
+pub static PARKED: HashMap<u64, Parked> = HashMap::with_max_entries(1 << 20, BPF_F_NO_PREALLOC);
+
+/// Slots of the kinds of wait.
+#[map]
+pub static WAITS: HashMap<WaitKey, u32> = HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
+
+/// Slots that are not in use. Filled by user space.
+#[map]
+pub static FREE_SLOTS: Queue<u32> = Queue::with_max_entries(4096, 0);
+
+/// What is counted of each kind of wait, by slot.
+#[map]
+pub static WAIT_COUNTS: PerCpuArray<WaitCount> = PerCpuArray::with_max_entries(4096, 0);

@@ -1,0 +1,123 @@
+//! What the kernel side counted, as numbers and addresses.
+
+use leakmon_common::{DROP_REASONS, Dropped, ROLES, WAIT_FRAMES};
+
+use super::plan::Role;
+use crate::task::{Histogram, SiteFlow, SiteKey};
+
+/// What the probes counted in one process since it was first attached. Every
+/// figure only grows.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Counts {
+    /// Spawns and exits by site, ordered by site.
+    pub sites: Vec<(SiteKey, SiteFlow)>,
+    /// Blocks by spawn site, reason and place, ordered by these.
+    pub waits: Vec<WaitCounts>,
+    /// Probe hits by role.
+    pub hits: Hits,
+    /// Hits that could not be counted.
+    pub drops: Drops,
+}
+
+/// What was counted of one kind of wait.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WaitCounts {
+    /// Where the waiting goroutines were spawned.
+    pub site: SiteKey,
+    /// The runtime's number of the wait reason.
+    pub reason: u8,
+    /// Return addresses, innermost first; 0 from the first that was not kept.
+    pub pcs: [u64; WAIT_FRAMES],
+    /// Times a goroutine blocked.
+    pub parks: u64,
+    /// Times one that was seen to block went on. While the probes stay attached
+    /// without a break, `parks - resumes` are blocked now (of those that blocked
+    /// since).
+    pub resumes: u64,
+    /// Blocked durations, one for each of `resumes`.
+    pub durations: Histogram,
+}
+
+/// Probe hits by role.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hits(pub(super) [u64; ROLES]);
+
+impl Hits {
+    /// Hits of one role.
+    pub fn of(&self, role: Role) -> u64 {
+        self.0[role.index()]
+    }
+
+    /// All hits.
+    pub fn total(&self) -> u64 {
+        self.0.iter().sum()
+    }
+
+    /// Hits of the roles that are first attached in the tier `lifecycle`.
+    pub fn lifecycle(&self) -> u64 {
+        self.sum(super::Tier::Lifecycle)
+    }
+
+    /// Hits of the roles that are first attached in the tier `blocking`.
+    pub fn blocking(&self) -> u64 {
+        self.sum(super::Tier::Blocking)
+    }
+
+    fn sum(&self, tier: super::Tier) -> u64 {
+        Role::ALL
+            .iter()
+            .filter(|role| role.tier() == tier)
+            .map(|&role| self.of(role))
+            .sum()
+    }
+}
+
+/// Hits that were not counted otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Drops(pub(super) [u64; DROP_REASONS]);
+
+impl Drops {
+    /// Resumes of goroutines that were not seen to park: they parked before
+    /// the probes were attached (or in a gap of a sampled tier). Not a loss.
+    pub fn unmatched_resumes(&self) -> u64 {
+        self.0[Dropped::UnmatchedResume as usize]
+    }
+
+    /// What was lost, by reason; empty when the figures are complete.
+    pub fn losses(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        [
+            (Dropped::SitesFull, "site map full"),
+            (Dropped::ParkedFull, "map of waiting goroutines full"),
+            (Dropped::WaitsFull, "wait map full"),
+            (Dropped::Unreadable, "memory not readable"),
+            (Dropped::LostResume, "resume not seen"),
+        ]
+        .into_iter()
+        .map(|(reason, words)| (words, self.0[reason as usize]))
+        .filter(|&(_, count)| count != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hits_are_summed_by_tier() {
+        let hits = Hits([1, 2, 4, 8, 16, 32, 64]);
+        assert_eq!(hits.of(Role::Exit), 4);
+        assert_eq!(hits.lifecycle(), 7);
+        assert_eq!(hits.blocking(), 120);
+        assert_eq!(hits.total(), 127);
+    }
+
+    #[test]
+    fn an_unmatched_resume_is_no_loss() {
+        let mut drops = Drops::default();
+        drops.0[Dropped::UnmatchedResume as usize] = 3;
+        assert_eq!(drops.losses().count(), 0);
+        assert_eq!(drops.unmatched_resumes(), 3);
+        drops.0[Dropped::WaitsFull as usize] = 2;
+        assert_eq!(drops.losses().collect::<Vec<_>>(), [("wait map full", 2)]);
+    }
+}

@@ -1,0 +1,166 @@
+//! What can go wrong with the kernel side, and what to do about it.
+
+use std::io;
+
+use super::plan::Role;
+use crate::binary::addr::FileOffset;
+
+/// The kernel side could not be loaded, attached or read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The kernel refuses bpf(2) or perf_event_open(2) to this process.
+    #[error("{call}: {source}: {}", permission_hint())]
+    Permission {
+        /// What was called.
+        call: &'static str,
+        /// EPERM or EACCES.
+        source: io::Error,
+    },
+    /// The kernel cannot make the maps.
+    #[error("cannot load the kernel side: {0}")]
+    Load(#[source] aya::EbpfError),
+    /// The kernel's verifier refused a program.
+    #[error("the kernel refused the program `{program}`: {source}\n{log}")]
+    Program {
+        /// Its name.
+        program: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+        /// The verifier's output.
+        log: String,
+    },
+    /// The object that was compiled in is not what this code expects.
+    #[error("leakmon's own kernel object is broken: {0}")]
+    Object(String),
+    /// A map could not be read or written.
+    #[error("cannot {what}: {source}")]
+    Map {
+        /// What was tried.
+        what: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A place could not be attached. Nothing of its tier is attached then.
+    #[error("cannot probe {} at offset {offset} of process {pid}'s executable: {source}{}", role.name(), attach_hint(source))]
+    Attach {
+        /// The process.
+        pid: u32,
+        /// What happens at the place.
+        role: Role,
+        /// Where it lies.
+        offset: FileOffset,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The plan cannot be attached by this kernel side.
+    #[error("the plan cannot be attached: {0}")]
+    Plan(&'static str),
+    /// Every index for a process is taken.
+    #[error(
+        "more than {} processes are watched at once",
+        leakmon_common::MAX_TARGETS
+    )]
+    TooManyTargets,
+    /// Probes of leakmon's own process do not fire as they should.
+    #[error("the kernel's uprobes do not work: {0}")]
+    NotFiring(String),
+    /// A file of /proc or /sys could not be read.
+    #[error("{path}: {source}")]
+    File {
+        /// Its path.
+        path: String,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// [`Error::Permission`] for EPERM and EACCES, else what `other` makes.
+    pub(super) fn or_permission(
+        call: &'static str,
+        source: io::Error,
+        other: impl FnOnce(io::Error) -> Error,
+    ) -> Error {
+        match source.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES) => Error::Permission { call, source },
+            _ => other(source),
+        }
+    }
+}
+
+/// Capabilities that loading and attaching need, with their bits in
+/// /proc/PID/status (include/uapi/linux/capability.h).
+const NEEDED: [(&str, u32); 2] = [("CAP_PERFMON", 38), ("CAP_BPF", 39)];
+const CAP_SYS_ADMIN: u32 = 21;
+
+/// What this process lacks of [`NEEDED`], by its `CapEff`.
+fn missing(effective: u64) -> Vec<&'static str> {
+    if effective & (1 << CAP_SYS_ADMIN) != 0 {
+        return Vec::new();
+    }
+    NEEDED
+        .iter()
+        .filter(|(_, bit)| effective & (1 << bit) == 0)
+        .map(|(name, _)| *name)
+        .collect()
+}
+
+fn permission_hint() -> String {
+    let effective = std::fs::read_to_string("/proc/self/status")
+        .ok()
+        .and_then(|status| {
+            let line = status
+                .lines()
+                .find_map(|line| line.strip_prefix("CapEff:"))?;
+            u64::from_str_radix(line.trim(), 16).ok()
+        });
+    match effective.map(missing) {
+        Some(missing) if !missing.is_empty() => format!(
+            "this needs {}: run as root, or `setcap cap_bpf,cap_perfmon,cap_sys_ptrace+ep` the binary",
+            missing.join(" and ")
+        ),
+        _ => "this process has the capabilities, so a seccomp filter, kernel lockdown or a user \
+              namespace forbids it: `leakmon doctor` says which"
+            .to_owned(),
+    }
+}
+
+/// The kernel's own errno (include/linux/errno.h), which libc does not name.
+const ENOTSUPP: i32 = 524;
+
+fn attach_hint(source: &io::Error) -> &'static str {
+    match source.raw_os_error() {
+        Some(libc::ESRCH | libc::ENOENT) => " (the process is gone)",
+        Some(ENOTSUPP) => " (the kernel cannot probe this instruction)",
+        _ => "",
+    }
+}
+
+/// The errno under an error of aya.
+pub(super) fn errno(error: &(dyn std::error::Error + 'static)) -> Option<io::Error> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(code) = error
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::raw_os_error)
+        {
+            return Some(io::Error::from_raw_os_error(code));
+        }
+        next = error.source();
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_capabilities_are_named() {
+        assert_eq!(missing(0), ["CAP_PERFMON", "CAP_BPF"]);
+        assert_eq!(missing(1 << 38), ["CAP_BPF"]);
+        assert_eq!(missing(1 << 39), ["CAP_PERFMON"]);
+        assert!(missing(1 << 39 | 1 << 38).is_empty());
+        assert!(missing(1 << CAP_SYS_ADMIN).is_empty());
+    }
+}

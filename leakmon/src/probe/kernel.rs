@@ -1,0 +1,839 @@
+//! Loads the kernel side, attaches plans to processes and reads what it
+//! counted.
+
+use std::num::NonZeroU32;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuValues, Queue};
+use aya::programs::uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope};
+use aya::programs::{ProgramError, UProbe};
+use aya::{Ebpf, EbpfLoader};
+use aya_log::EbpfLogger;
+use leakmon_common::{
+    Cookie, Counters, MAX_TARGETS, Parked, STARTPC_FROM_GOPC, SiteCount, Target, TargetSite,
+    WAIT_FRAMES, WaitCount, WaitKey, parked_key,
+};
+
+use super::counts::{Counts, Drops, Hits, WaitCounts};
+use super::error::{Error, errno};
+use super::plan::{Place, Plan, Role, Tier};
+use super::sys;
+use crate::task::{Histogram, SiteFlow, SiteKey};
+
+/// The object that the build script compiled.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/leakmon"));
+
+/// Memory for `WAIT_COUNTS` over all CPUs, in bytes. It decides how many kinds
+/// of wait are counted at once.
+const WAIT_COUNTS_BYTES: usize = 16 << 20;
+
+/// How programs are tied to places.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// One uprobe_multi link for all places of a role: kernel 6.6 and later.
+    Multi,
+    /// One perf event for each place: kernel 5.15 and later. Detaching waits for
+    /// the kernel once for each place.
+    PerfEvent,
+}
+
+/// Programs that are no role's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ProgramId {
+    Role(Role),
+    Empty,
+}
+
+impl ProgramId {
+    const COUNT: usize = Role::ALL.len() + 1;
+
+    fn all() -> impl Iterator<Item = ProgramId> {
+        Role::ALL
+            .into_iter()
+            .map(ProgramId::Role)
+            .chain([ProgramId::Empty])
+    }
+
+    fn index(self) -> usize {
+        match self {
+            ProgramId::Role(role) => role.index(),
+            ProgramId::Empty => Role::ALL.len(),
+        }
+    }
+
+    /// The function's name in leakmon-ebpf.
+    fn name(self) -> &'static str {
+        match self {
+            ProgramId::Role(Role::Spawn) => "go_spawn",
+            ProgramId::Role(Role::SpawnReturned) => "go_spawn_returned",
+            ProgramId::Role(Role::Exit) => "go_exit",
+            ProgramId::Role(Role::Park) => "go_park",
+            ProgramId::Role(Role::Resume) => "go_resume",
+            ProgramId::Role(Role::ParkUniversal) => "go_park_universal",
+            ProgramId::Role(Role::Ready) => "go_ready",
+            ProgramId::Empty => "empty",
+        }
+    }
+}
+
+/// The loaded programs.
+enum Programs {
+    Multi([OwnedFd; ProgramId::COUNT]),
+    PerfEvent(Box<Ebpf>),
+}
+
+/// What keeps places attached. Dropping it detaches.
+enum Links {
+    Multi(OwnedFd),
+    PerfEvent(Vec<UProbeLink>),
+}
+
+/// One index of `TARGETS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Index {
+    Free,
+    Used,
+    /// Its entries could not be removed: not to be used again.
+    Spoilt,
+}
+
+struct State {
+    programs: Programs,
+    targets: Array<MapData, Target>,
+    counters: PerCpuArray<MapData, Counters>,
+    // The hash maps are read in batches, for which aya has no call.
+    sites: MapData,
+    parked: MapData,
+    waits: MapData,
+    free_slots: Queue<MapData, u32>,
+    wait_counts: PerCpuArray<MapData, WaitCount>,
+    logger: EbpfLogger<&'static dyn log::Log>,
+    cpus: usize,
+    indices: Vec<Index>,
+    epoch: u32,
+}
+
+/// The loaded kernel side: one for a leakmon process, for any number of
+/// targets up to [`MAX_TARGETS`].
+///
+/// Nothing is pinned: when leakmon ends, in whatever way, the kernel detaches
+/// everything.
+pub struct Kernel {
+    shared: Arc<Mutex<State>>,
+    way: Way,
+}
+
+fn lock(shared: &Mutex<State>) -> MutexGuard<'_, State> {
+    // Every change of the state is complete before it can panic.
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Kernel {
+    /// Loads the programs in the best way that this kernel has. That they fire
+    /// is proven by [`super::calibrate`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Permission`] names the missing capability.
+    pub fn load() -> Result<Kernel, Error> {
+        match Kernel::load_for(Way::Multi) {
+            // EINVAL: the kernel does not know uprobe_multi.
+            Err(Error::Program { .. }) => Kernel::load_for(Way::PerfEvent),
+            other => other,
+        }
+    }
+
+    /// Loads the programs for one way of attaching.
+    ///
+    /// # Errors
+    ///
+    /// As [`Kernel::load`], also when the kernel lacks `way`.
+    pub fn load_for(way: Way) -> Result<Kernel, Error> {
+        let cpus = aya::util::nr_cpus().map_err(|(path, source)| Error::File {
+            path: path.to_owned(),
+            source,
+        })?;
+        let slots = wait_slots(cpus);
+        let mut ebpf = EbpfLoader::new()
+            .map_max_entries("WAITS", slots)
+            .map_max_entries("FREE_SLOTS", slots)
+            .map_max_entries("WAIT_COUNTS", slots)
+            .load(OBJECT)
+            .map_err(|error| match errno(&error) {
+                Some(source) => Error::or_permission("bpf", source, |_| Error::Load(error)),
+                None => Error::Load(error),
+            })?;
+        let multi = match way {
+            Way::Multi => Some(load_multi(&ebpf)?),
+            Way::PerfEvent => {
+                load_perf_event(&mut ebpf)?;
+                None
+            }
+        };
+        let mut free_slots: Queue<MapData, u32> = take(&mut ebpf, "FREE_SLOTS")?;
+        for slot in 0..slots {
+            free_slots.push(slot, 0).map_err(map_error("fill a map"))?;
+        }
+        let state = State {
+            targets: take(&mut ebpf, "TARGETS")?,
+            counters: take(&mut ebpf, "COUNTERS")?,
+            sites: take_data(&mut ebpf, "SITES")?,
+            parked: take_data(&mut ebpf, "PARKED")?,
+            waits: take_data(&mut ebpf, "WAITS")?,
+            free_slots,
+            wait_counts: take(&mut ebpf, "WAIT_COUNTS")?,
+            logger: EbpfLogger::init(&mut ebpf)
+                .map_err(|error| Error::Object(error.to_string()))?,
+            programs: match multi {
+                Some(programs) => Programs::Multi(programs),
+                None => Programs::PerfEvent(Box::new(ebpf)),
+            },
+            cpus,
+            indices: vec![Index::Free; MAX_TARGETS as usize],
+            epoch: 0,
+        };
+        Ok(Kernel {
+            shared: Arc::new(Mutex::new(state)),
+            way,
+        })
+    }
+
+    /// How programs are tied to places.
+    pub fn way(&self) -> Way {
+        self.way
+    }
+
+    /// Attaches what `tier` holds of `plan` to the process `pid`, all of it or
+    /// nothing. [`Tier::Census`] attaches nothing yet.
+    ///
+    /// The caller has checked that `pid` still is the process that `plan` was
+    /// made for.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Attach`] names the place, [`Error::Plan`] what is wrong with
+    /// the plan.
+    pub fn attach(&self, pid: u32, plan: &Plan, tier: Tier) -> Result<Attached, Error> {
+        check(plan)?;
+        let pid = NonZeroU32::new(pid).ok_or(Error::Plan("process 0 is the kernel's"))?;
+        let mut state = lock(&self.shared);
+        let index = state
+            .indices
+            .iter()
+            .position(|&index| index == Index::Free)
+            .ok_or(Error::TooManyTargets)?;
+        state.epoch = state.epoch.wrapping_add(1);
+        let target = Target {
+            window_start: 0,
+            reasons: plan.target.reasons,
+            epoch: state.epoch,
+            goid: plan.target.goid,
+            gopc: plan.target.gopc,
+            waitreason: plan.target.waitreason,
+            sched_bp: plan.target.sched_bp,
+            reserved: 0,
+        };
+        state
+            .targets
+            .set(index as u32, target, 0)
+            .map_err(map_error("describe a process"))?;
+        state.indices[index] = Index::Used;
+        drop(state);
+        let mut attached = Attached {
+            shared: Arc::clone(&self.shared),
+            pid,
+            index: index as u16,
+            target,
+            plan: plan.clone(),
+            tier: Tier::Census,
+            links: Vec::new(),
+        };
+        attached.set_tier(tier)?;
+        Ok(attached)
+    }
+
+    /// Attaches the program that does nothing at `places`, whatever their role:
+    /// what a probe costs without leakmon's work.
+    ///
+    /// # Errors
+    ///
+    /// As [`Kernel::attach`].
+    pub fn attach_empty(&self, pid: u32, places: &[Place]) -> Result<Empty, Error> {
+        let pid = NonZeroU32::new(pid).ok_or(Error::Plan("process 0 is the kernel's"))?;
+        let places: Vec<&Place> = places.iter().collect();
+        let cookie = Cookie {
+            target: 0,
+            depth: 0,
+            epoch: 0,
+        };
+        let links = lock(&self.shared).link(ProgramId::Empty, pid, cookie, &places)?;
+        Ok(Empty(vec![links]))
+    }
+}
+
+/// Places attached to the program that does nothing, until dropped.
+#[must_use = "dropping it detaches"]
+pub struct Empty(Vec<Links>);
+
+impl Drop for Empty {
+    fn drop(&mut self) {
+        detach(std::mem::take(&mut self.0));
+    }
+}
+
+/// The slots for `cpus` possible CPUs.
+fn wait_slots(cpus: usize) -> u32 {
+    let slots = WAIT_COUNTS_BYTES / (size_of::<WaitCount>() * cpus.max(1));
+    slots.clamp(512, 8192) as u32
+}
+
+/// What the kernel side relies on.
+fn check(plan: &Plan) -> Result<(), Error> {
+    if plan.target.gopc.checked_add(STARTPC_FROM_GOPC) != Some(plan.target.startpc) {
+        return Err(Error::Plan(
+            "g.startpc does not lie 16 bytes after g.gopc, as it does in Go 1.18 to 1.27",
+        ));
+    }
+    if plan
+        .places
+        .iter()
+        .any(|place| usize::from(place.depth) > WAIT_FRAMES)
+    {
+        return Err(Error::Plan("a place wants more frames than are kept"));
+    }
+    Ok(())
+}
+
+fn map_error(what: &'static str) -> impl Fn(MapError) -> Error {
+    move |error| {
+        let source = errno(&error).unwrap_or_else(|| std::io::Error::other(error));
+        Error::Map { what, source }
+    }
+}
+
+fn take<T: TryFrom<Map, Error = MapError>>(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+) -> Result<T, Error> {
+    let map = ebpf
+        .take_map(name)
+        .ok_or_else(|| Error::Object(format!("it has no map {name}")))?;
+    T::try_from(map).map_err(|error| Error::Object(format!("{name}: {error}")))
+}
+
+fn take_data(ebpf: &mut Ebpf, name: &'static str) -> Result<MapData, Error> {
+    match ebpf.take_map(name) {
+        Some(Map::HashMap(data) | Map::PerCpuHashMap(data)) => Ok(data),
+        _ => Err(Error::Object(format!("it has no hash map {name}"))),
+    }
+}
+
+fn map_data(map: &Map) -> Option<&MapData> {
+    match map {
+        Map::Array(data)
+        | Map::PerCpuArray(data)
+        | Map::HashMap(data)
+        | Map::PerCpuHashMap(data)
+        | Map::Queue(data)
+        | Map::RingBuf(data) => Some(data),
+        _ => None,
+    }
+}
+
+/// Loads every program for uprobe_multi links, over the maps that `ebpf` made.
+fn load_multi(ebpf: &Ebpf) -> Result<[OwnedFd; ProgramId::COUNT], Error> {
+    let broken = |error: &dyn std::fmt::Display| Error::Object(error.to_string());
+    let mut object = aya_obj::Object::parse(OBJECT).map_err(|error| broken(&error))?;
+    let maps: Vec<(String, aya_obj::Map)> = object.maps.drain().collect();
+    let mut located = Vec::with_capacity(maps.len());
+    for (name, map) in &maps {
+        let data = ebpf
+            .map(name)
+            .and_then(map_data)
+            .ok_or_else(|| Error::Object(format!("it has no map {name}")))?;
+        let fd = data.fd().as_fd().as_raw_fd();
+        located.push((name.as_str(), fd, map));
+    }
+    let sections = object
+        .functions
+        .keys()
+        .map(|&(section, _)| section)
+        .collect();
+    object
+        .relocate_maps(located.into_iter(), &sections)
+        .map_err(|error| broken(&error))?;
+    object
+        .relocate_calls(&sections)
+        .map_err(|error| broken(&error))?;
+    object.sanitize_functions(aya::features());
+
+    let mut loaded = Vec::with_capacity(ProgramId::COUNT);
+    for id in ProgramId::all() {
+        let name = id.name();
+        let missing = || Error::Object(format!("it has no program {name}"));
+        let program = object.programs.get(name).ok_or_else(missing)?;
+        let function = object
+            .functions
+            .get(&program.function_key())
+            .ok_or_else(missing)?;
+        let fd = sys::load_multi_program(name, &function.instructions, &program.license).map_err(
+            |(source, log)| {
+                Error::or_permission("bpf", source, |source| Error::Program {
+                    program: name,
+                    source,
+                    log,
+                })
+            },
+        )?;
+        loaded.push(fd);
+    }
+    loaded
+        .try_into()
+        .map_err(|_| Error::Object("it has too few programs".to_owned()))
+}
+
+fn uprobe(ebpf: &mut Ebpf, id: ProgramId) -> Result<&mut UProbe, Error> {
+    let name = id.name();
+    ebpf.program_mut(name)
+        .and_then(|program| program.try_into().ok())
+        .ok_or_else(|| Error::Object(format!("it has no program {name}")))
+}
+
+/// Loads every program for perf event links.
+fn load_perf_event(ebpf: &mut Ebpf) -> Result<(), Error> {
+    for id in ProgramId::all() {
+        uprobe(ebpf, id)?.load().map_err(|error| {
+            let log = match &error {
+                ProgramError::LoadError { verifier_log, .. } => verifier_log.to_string(),
+                _ => String::new(),
+            };
+            let source = errno(&error).unwrap_or_else(|| std::io::Error::other(error));
+            Error::or_permission("bpf", source, |source| Error::Program {
+                program: id.name(),
+                source,
+                log,
+            })
+        })?;
+    }
+    Ok(())
+}
+
+impl State {
+    /// Attaches one program at `places` of `pid`'s executable, all or none.
+    fn link(
+        &mut self,
+        id: ProgramId,
+        pid: NonZeroU32,
+        cookie: Cookie,
+        places: &[&Place],
+    ) -> Result<Links, Error> {
+        // The kernel follows this link to the file that the process runs, also
+        // when it was deleted, replaced, or lies in another mount namespace.
+        let path = format!("/proc/{pid}/exe");
+        let failed = |call, place: &Place, source| {
+            Error::or_permission(call, source, |source| Error::Attach {
+                pid: pid.get(),
+                role: place.role,
+                offset: place.offset,
+                source,
+            })
+        };
+        let cookies: Vec<u64> = places
+            .iter()
+            .map(|place| {
+                Cookie {
+                    depth: place.depth,
+                    ..cookie
+                }
+                .pack()
+            })
+            .collect();
+        match &mut self.programs {
+            Programs::Multi(programs) => {
+                let program = programs[id.index()].as_fd();
+                let offsets: Vec<u64> = places.iter().map(|place| place.offset.0).collect();
+                let link = |offsets: &[u64], cookies: &[u64]| {
+                    sys::link_uprobes(program, &path, offsets, cookies, pid.get())
+                };
+                match link(&offsets, &cookies) {
+                    Ok(link) => Ok(Links::Multi(link)),
+                    Err(source) => {
+                        // The kernel does not say which: try one by one.
+                        let culprit = places
+                            .iter()
+                            .zip(offsets.iter().zip(&cookies))
+                            .find(|(_, (offset, cookie))| {
+                                link(std::slice::from_ref(offset), std::slice::from_ref(cookie))
+                                    .is_err()
+                            })
+                            .map(|(place, _)| *place)
+                            .or(places.first().copied());
+                        match culprit {
+                            Some(place) => Err(failed("bpf", place, source)),
+                            None => Err(Error::Plan("there is nothing to attach")),
+                        }
+                    }
+                }
+            }
+            Programs::PerfEvent(ebpf) => {
+                let program = uprobe(ebpf, id)?;
+                let mut links = Vec::with_capacity(places.len());
+                for (place, cookie) in places.iter().zip(cookies) {
+                    let point = UProbeAttachPoint {
+                        location: UProbeAttachLocation::AbsoluteOffset(place.offset.0),
+                        cookie: Some(cookie),
+                    };
+                    let link = program
+                        .attach(point, &path, UProbeScope::OneProcess(pid))
+                        .and_then(|id| program.take_link(id));
+                    match link {
+                        Ok(link) => links.push(link),
+                        Err(error) => {
+                            detach(vec![Links::PerfEvent(links)]);
+                            let source =
+                                errno(&error).unwrap_or_else(|| std::io::Error::other(error));
+                            return Err(failed("perf_event_open", place, source));
+                        }
+                    }
+                }
+                Ok(Links::PerfEvent(links))
+            }
+        }
+    }
+
+    fn set_target(&mut self, index: u16, target: Target) -> Result<(), Error> {
+        self.targets
+            .set(u32::from(index), target, 0)
+            .map_err(map_error("describe a process"))
+    }
+
+    /// Every entry of `SITES`, summed over the CPUs.
+    fn sites(&self) -> Result<Vec<(TargetSite, SiteFlow)>, Error> {
+        let entries = sys::entries::<TargetSite, SiteCount>(self.sites.fd().as_fd(), self.cpus)
+            .map_err(|source| Error::Map {
+                what: "read the spawn sites",
+                source,
+            })?;
+        Ok(entries
+            .into_iter()
+            .map(|(key, counts)| {
+                let mut flow = SiteFlow::default();
+                for count in counts {
+                    flow.spawned += count.spawned;
+                    flow.exited += count.exited;
+                }
+                (key, flow)
+            })
+            .collect())
+    }
+
+    /// Every entry of `WAITS`.
+    fn waits(&self) -> Result<Vec<(WaitKey, u32)>, Error> {
+        let entries =
+            sys::entries::<WaitKey, u32>(self.waits.fd().as_fd(), 1).map_err(|source| {
+                Error::Map {
+                    what: "read the waits",
+                    source,
+                }
+            })?;
+        Ok(entries
+            .into_iter()
+            .filter_map(|(key, slots)| Some((key, *slots.first()?)))
+            .collect())
+    }
+
+    /// What was counted of the waits of one slot, summed over the CPUs.
+    fn wait_count(&self, slot: u32) -> Result<WaitCount, Error> {
+        let counts = self
+            .wait_counts
+            .get(&slot, 0)
+            .map_err(map_error("read the waits"))?;
+        let mut sum = WaitCount::default();
+        for count in counts.iter() {
+            sum.parks += count.parks;
+            sum.resumes += count.resumes;
+            sum.total_ns = sum.total_ns.wrapping_add(count.total_ns);
+            for (sum, bucket) in sum.histogram.iter_mut().zip(count.histogram) {
+                *sum += bucket;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Hits and drops of one target, summed over the CPUs.
+    fn counters(&self, target: u16) -> Result<(Hits, Drops), Error> {
+        let counters = self
+            .counters
+            .get(&u32::from(target), 0)
+            .map_err(map_error("read the hits"))?;
+        let (mut hits, mut drops) = (Hits::default(), Drops::default());
+        for counter in counters.iter() {
+            for (sum, hits) in hits.0.iter_mut().zip(counter.hits) {
+                *sum += hits;
+            }
+            for (sum, dropped) in drops.0.iter_mut().zip(counter.dropped) {
+                *sum += dropped;
+            }
+        }
+        Ok((hits, drops))
+    }
+
+    /// Removes every entry of a target and frees its slots. Its links are gone.
+    fn clear(&mut self, target: u16) -> Result<(), Error> {
+        let error = |source| Error::Map {
+            what: "remove a process from the maps",
+            source,
+        };
+        let index = u32::from(target);
+        let set = map_error("remove a process from the maps");
+        self.targets
+            .set(index, Target::default(), 0)
+            .map_err(&set)?;
+
+        let sites: Vec<TargetSite> = self
+            .sites()?
+            .into_iter()
+            .map(|(key, _)| key)
+            .filter(|key| key.target == u64::from(target))
+            .collect();
+        sys::remove(self.sites.fd().as_fd(), &sites).map_err(error)?;
+
+        let parked: Vec<u64> = sys::entries::<u64, Parked>(self.parked.fd().as_fd(), 1)
+            .map_err(error)?
+            .into_iter()
+            .map(|(key, _)| key)
+            .filter(|&key| key >> 48 == parked_key(target, 0) >> 48)
+            .collect();
+        sys::remove(self.parked.fd().as_fd(), &parked).map_err(error)?;
+
+        let (waits, slots): (Vec<WaitKey>, Vec<u32>) = self
+            .waits()?
+            .into_iter()
+            .filter(|(key, _)| key.target == index)
+            .unzip();
+        sys::remove(self.waits.fd().as_fd(), &waits).map_err(error)?;
+        for slot in slots {
+            let zero = vec![WaitCount::default(); self.cpus];
+            let zero = PerCpuValues::try_from(zero).map_err(error)?;
+            self.wait_counts.set(slot, zero, 0).map_err(&set)?;
+            self.free_slots.push(slot, 0).map_err(&set)?;
+        }
+        let zero = vec![Counters::default(); self.cpus];
+        let zero = PerCpuValues::try_from(zero).map_err(error)?;
+        self.counters.set(index, zero, 0).map_err(&set)
+    }
+}
+
+/// Nanoseconds of CLOCK_MONOTONIC, the kernel side's clock.
+fn monotonic() -> u64 {
+    let now = nix::time::ClockId::CLOCK_MONOTONIC.now();
+    // The kernel always has this clock, and its readings are not negative.
+    now.map_or(0, |now| {
+        now.tv_sec().cast_unsigned() * 1_000_000_000 + now.tv_nsec().cast_unsigned()
+    })
+}
+
+/// Closes links side by side: each waits for the kernel.
+fn detach(links: Vec<Links>) {
+    let mut perf_events = Vec::new();
+    std::thread::scope(|scope| {
+        for link in links {
+            match link {
+                Links::Multi(link) => {
+                    scope.spawn(move || drop(link));
+                }
+                Links::PerfEvent(links) => perf_events.extend(links),
+            }
+        }
+        for link in perf_events {
+            scope.spawn(move || drop(link));
+        }
+    });
+}
+
+/// A process that the kernel side knows, with what is attached to it. Dropping
+/// it detaches and removes what was counted.
+#[must_use = "dropping it detaches"]
+pub struct Attached {
+    shared: Arc<Mutex<State>>,
+    pid: NonZeroU32,
+    index: u16,
+    target: Target,
+    plan: Plan,
+    tier: Tier,
+    links: Vec<(Role, Links)>,
+}
+
+impl Attached {
+    /// What is attached now.
+    pub fn tier(&self) -> Tier {
+        self.tier
+    }
+
+    /// Attaches what is missing for `tier` and detaches what is too much;
+    /// [`Tier::Census`] detaches everything. What was counted stays.
+    ///
+    /// Waits that last over a change of the blocking probes are not measured:
+    /// they count as unmatched.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Attach`]; the tier is unchanged then.
+    pub fn set_tier(&mut self, tier: Tier) -> Result<(), Error> {
+        if tier < self.tier {
+            return self.step_down(tier);
+        }
+        if tier == self.tier {
+            return Ok(());
+        }
+        let mut state = lock(&self.shared);
+        // No wait is being followed: whatever is in the map is stale.
+        let blocking = tier == Tier::Blocking && self.tier == Tier::Lifecycle;
+        if blocking {
+            self.target.window_start = monotonic();
+            state.set_target(self.index, self.target)?;
+        }
+        let cookie = Cookie {
+            target: self.index,
+            depth: 0,
+            epoch: self.target.epoch,
+        };
+        let mut added = Vec::new();
+        // The ends of waits first, so that none that is seen to begin is missed.
+        for role in [
+            Role::Resume,
+            Role::Ready,
+            Role::Exit,
+            Role::Spawn,
+            Role::SpawnReturned,
+            Role::Park,
+            Role::ParkUniversal,
+        ] {
+            let places: Vec<&Place> = self
+                .plan
+                .places
+                .iter()
+                .filter(|place| place.role == role)
+                .collect();
+            let wanted = role.tier() > self.tier && role.tier() <= tier;
+            if !wanted || places.is_empty() {
+                continue;
+            }
+            match state.link(ProgramId::Role(role), self.pid, cookie, &places) {
+                Ok(links) => added.push((role, links)),
+                Err(error) => {
+                    drop(state);
+                    detach(added.into_iter().map(|(_, links)| links).collect());
+                    return Err(error);
+                }
+            }
+        }
+        self.links.append(&mut added);
+        if !blocking {
+            // Everything is attached: count from here on, all roles at once.
+            self.target.window_start = monotonic();
+            state.set_target(self.index, self.target)?;
+        }
+        self.tier = tier;
+        Ok(())
+    }
+
+    fn step_down(&mut self, tier: Tier) -> Result<(), Error> {
+        if tier == Tier::Census {
+            // All roles stop counting at once.
+            self.target.window_start = 0;
+            lock(&self.shared).set_target(self.index, self.target)?;
+        }
+        let (gone, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut self.links)
+            .into_iter()
+            .partition(|(role, _)| role.tier() > tier);
+        self.links = kept;
+        self.tier = tier;
+        // The beginnings of waits first, so that every end of one is seen.
+        let (begins, ends): (Vec<_>, Vec<_>) = gone
+            .into_iter()
+            .partition(|(role, _)| matches!(role, Role::Park | Role::ParkUniversal));
+        for links in [begins, ends] {
+            detach(links.into_iter().map(|(_, links)| links).collect());
+        }
+        Ok(())
+    }
+
+    /// Detaches everything; what was counted can still be read.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`]; everything is detached all the same when this is dropped.
+    pub fn detach(&mut self) -> Result<(), Error> {
+        self.set_tier(Tier::Census)
+    }
+
+    /// Probe hits by role since the process was first attached. One system call.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn hits(&self) -> Result<Hits, Error> {
+        Ok(lock(&self.shared).counters(self.index)?.0)
+    }
+
+    /// Everything that was counted since the process was first attached.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn read(&self) -> Result<Counts, Error> {
+        let mut state = lock(&self.shared);
+        state.logger.flush();
+        let mut sites: Vec<(SiteKey, SiteFlow)> = state
+            .sites()?
+            .into_iter()
+            .filter(|(key, _)| key.target == u64::from(self.index))
+            .map(|(key, flow)| (key.site, flow))
+            .collect();
+        sites.sort_unstable_by_key(|&(site, _)| site);
+        let mut waits = Vec::new();
+        for (key, slot) in state.waits()? {
+            if key.target != u32::from(self.index) {
+                continue;
+            }
+            let count = state.wait_count(slot)?;
+            waits.push(WaitCounts {
+                site: key.site,
+                reason: key.reason as u8,
+                pcs: key.pcs,
+                parks: count.parks,
+                resumes: count.resumes,
+                durations: Histogram {
+                    buckets: count.histogram,
+                    total_ns: count.total_ns,
+                },
+            });
+        }
+        waits.sort_unstable_by_key(|wait| (wait.site, wait.reason, wait.pcs));
+        let (hits, drops) = state.counters(self.index)?;
+        Ok(Counts {
+            sites,
+            waits,
+            hits,
+            drops,
+        })
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        let links = std::mem::take(&mut self.links);
+        detach(links.into_iter().map(|(_, links)| links).collect());
+        let mut state = lock(&self.shared);
+        let cleared = state.clear(self.index);
+        state.indices[usize::from(self.index)] = match cleared {
+            Ok(()) => Index::Free,
+            Err(error) => {
+                log::warn!("process {}: {error}", self.pid);
+                Index::Spoilt
+            }
+        };
+    }
+}

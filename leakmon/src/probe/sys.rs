@@ -1,0 +1,256 @@
+//! The calls of bpf(2) that aya 0.14 does not make: programs and links of
+//! `BPF_TRACE_UPROBE_MULTI`, and batches of map entries.
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+
+use aya::Pod;
+use aya_obj::generated::bpf_insn;
+
+// Numbers of include/uapi/linux/bpf.h.
+const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
+const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
+const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_PROG_TYPE_KPROBE: u32 = 2;
+const BPF_TRACE_UPROBE_MULTI: u32 = 48;
+
+/// Bytes of verifier output kept when a program is refused.
+const LOG_SIZE: usize = 64 * 1024;
+
+/// `bpf_attr` of `BPF_PROG_LOAD`, as far as it is used.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ProgLoad {
+    prog_type: u32,
+    insn_cnt: u32,
+    insns: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buf: u64,
+    kern_version: u32,
+    prog_flags: u32,
+    prog_name: [u8; 16],
+    prog_ifindex: u32,
+    expected_attach_type: u32,
+}
+
+/// `bpf_attr` of `BPF_LINK_CREATE` with its `uprobe_multi` part.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct LinkCreate {
+    prog_fd: u32,
+    target_fd: u32,
+    attach_type: u32,
+    flags: u32,
+    path: u64,
+    offsets: u64,
+    ref_ctr_offsets: u64,
+    cookies: u64,
+    cnt: u32,
+    multi_flags: u32,
+    pid: u32,
+    reserved: u32,
+}
+
+/// `bpf_attr` of the batch calls.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Batch {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// Calls bpf(2). `attr` holds no padding.
+///
+/// # Safety
+///
+/// Every pointer in `attr` must be valid for what `command` does with it.
+unsafe fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
+    // SAFETY: the kernel reads and writes size_of::<T>() bytes at `attr`; the
+    // caller vouches for the pointers in it.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attr, size_of::<T>()) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+fn owned(fd: libc::c_long) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for the caller.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}
+
+/// Loads a program that can be attached by [`link_uprobes`]. The error's second
+/// part is the verifier's output.
+pub(super) fn load_multi_program(
+    name: &str,
+    instructions: &[bpf_insn],
+    license: &CStr,
+) -> Result<OwnedFd, (io::Error, String)> {
+    let load = |log: &mut [u8]| {
+        let mut prog_name = [0; 16];
+        for (to, from) in prog_name.iter_mut().take(15).zip(name.bytes()) {
+            *to = from;
+        }
+        let mut attr = ProgLoad {
+            prog_type: BPF_PROG_TYPE_KPROBE,
+            insn_cnt: u32::try_from(instructions.len()).map_err(io::Error::other)?,
+            insns: instructions.as_ptr() as u64,
+            license: license.as_ptr() as u64,
+            log_level: u32::from(!log.is_empty()),
+            log_size: u32::try_from(log.len()).map_err(io::Error::other)?,
+            log_buf: if log.is_empty() {
+                0
+            } else {
+                log.as_mut_ptr() as u64
+            },
+            kern_version: 0,
+            prog_flags: 0,
+            prog_name,
+            prog_ifindex: 0,
+            expected_attach_type: BPF_TRACE_UPROBE_MULTI,
+        };
+        // SAFETY: the pointers are of slices that outlive the call, with their
+        // own lengths, and of a terminated string.
+        unsafe { bpf(BPF_PROG_LOAD, &mut attr) }.and_then(owned)
+    };
+    load(&mut []).map_err(|error| {
+        let mut log = vec![0; LOG_SIZE];
+        let _ = load(&mut log);
+        let end = log.iter().position(|&byte| byte == 0).unwrap_or(log.len());
+        (error, String::from_utf8_lossy(&log[..end]).into_owned())
+    })
+}
+
+/// Attaches `program` at every offset of the file `path` for one process. What
+/// is attached goes when the descriptor is closed.
+pub(super) fn link_uprobes(
+    program: BorrowedFd<'_>,
+    path: &str,
+    offsets: &[u64],
+    cookies: &[u64],
+    pid: u32,
+) -> io::Result<OwnedFd> {
+    if offsets.len() != cookies.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let path = CString::new(path)?;
+    let mut attr = LinkCreate {
+        prog_fd: raw(program),
+        target_fd: 0,
+        attach_type: BPF_TRACE_UPROBE_MULTI,
+        flags: 0,
+        path: path.as_ptr() as u64,
+        offsets: offsets.as_ptr() as u64,
+        ref_ctr_offsets: 0,
+        cookies: cookies.as_ptr() as u64,
+        cnt: u32::try_from(offsets.len()).map_err(io::Error::other)?,
+        multi_flags: 0,
+        pid,
+        reserved: 0,
+    };
+    // SAFETY: a terminated string and two slices of `cnt` elements, all of which
+    // outlive the call.
+    unsafe { bpf(BPF_LINK_CREATE, &mut attr) }.and_then(owned)
+}
+
+/// Every entry of a hash map with `width` values for each key (1, or one for
+/// each possible CPU). An entry that comes or goes meanwhile may be missed.
+///
+/// The kernel stores each value of a per-CPU map in a multiple of 8 bytes; `V`
+/// must have such a size then.
+pub(super) fn entries<K: Pod + Default, V: Pod + Default>(
+    map: BorrowedFd<'_>,
+    width: usize,
+) -> io::Result<Vec<(K, Vec<V>)>> {
+    let mut batch = 512;
+    let mut all = Vec::new();
+    // The kernel's place in its table; its first call takes none.
+    let mut place = 0u64;
+    let mut first = true;
+    loop {
+        let mut keys = vec![K::default(); batch];
+        let mut values = vec![V::default(); batch * width];
+        let mut next = 0u64;
+        let mut attr = Batch {
+            in_batch: if first { 0 } else { &raw const place as u64 },
+            out_batch: &raw mut next as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: u32::try_from(batch).map_err(io::Error::other)?,
+            map_fd: raw(map),
+            elem_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: room for `count` keys and for `count * width` values, and for
+        // the kernel's place, which has 4 bytes in a hash map.
+        let result = unsafe { bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) };
+        let last = match result {
+            Ok(_) => false,
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ENOENT) => true,
+                // One of the table's buckets holds more than a batch.
+                Some(libc::ENOSPC) => {
+                    batch *= 2;
+                    continue;
+                }
+                Some(libc::EINTR) => continue,
+                _ => return Err(error),
+            },
+        };
+        let count = (attr.count as usize).min(batch);
+        all.extend(
+            keys.into_iter()
+                .zip(values.chunks_exact(width).map(<[V]>::to_vec))
+                .take(count),
+        );
+        if last {
+            return Ok(all);
+        }
+        place = next;
+        first = false;
+    }
+}
+
+/// Removes `keys`; those that are not there are passed over.
+pub(super) fn remove<K: Pod>(map: BorrowedFd<'_>, keys: &[K]) -> io::Result<()> {
+    let mut rest = keys;
+    while !rest.is_empty() {
+        let mut attr = Batch {
+            in_batch: 0,
+            out_batch: 0,
+            keys: rest.as_ptr() as u64,
+            values: 0,
+            count: u32::try_from(rest.len()).map_err(io::Error::other)?,
+            map_fd: raw(map),
+            elem_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: `count` keys, which the kernel only reads.
+        let result = unsafe { bpf(BPF_MAP_DELETE_BATCH, &mut attr) };
+        match result {
+            Ok(_) => break,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                // `count` were removed, the next one was not there.
+                rest = rest.get(attr.count as usize + 1..).unwrap_or_default();
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,234 @@
+//! Who a process is: its executable, start time and threads, by `/proc`.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::time::{clock_getcpuclockid, clock_gettime};
+use nix::unistd::Pid;
+use procfs::process::{Process as ProcfsProcess, Stat};
+use procfs::{ProcError, WithCurrentSystemInfo};
+
+use crate::binary::addr::{LoadBias, Vaddr};
+
+/// `AT_ENTRY` of the auxiliary vector: include/uapi/linux/auxvec.h.
+pub(crate) const AT_ENTRY: u64 = 9;
+
+/// Why a process cannot be watched at all.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// No process has this pid.
+    #[error("pid {0}: no such process")]
+    NoSuchProcess(u32),
+    /// It ended, and its parent has not noticed yet.
+    #[error("pid {0} ({1}): has ended; its parent has yet to reap it")]
+    Zombie(u32, String),
+    /// It is part of the kernel.
+    #[error("pid {0} ({1}): a kernel thread, it runs no program")]
+    KernelThread(u32, String),
+    /// The kernel refuses to say.
+    #[error("pid {0} ({1}): {2} is not permitted; leakmon needs CAP_SYS_PTRACE, or to run as root")]
+    NotPermitted(u32, String, &'static str),
+    /// Anything else.
+    #[error("pid {0}: {1}")]
+    Other(u32, String),
+}
+
+/// A process, told from every other that had or will have its pid.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Identity {
+    /// Process id, in leakmon's pid namespace.
+    pub pid: u32,
+    /// Clock ticks from boot to its start: `/proc/PID/stat` field 22.
+    pub start_time: u64,
+    /// What `/proc/PID/exe` points to; ends in ` (deleted)` when the file is.
+    pub executable: PathBuf,
+    /// The command line, one string an argument.
+    pub command_line: Vec<String>,
+}
+
+/// A process that was there when it was opened.
+#[derive(Debug)]
+pub struct Process {
+    /// Who it is.
+    pub identity: Identity,
+    /// The program that it runs, whatever has become of its path since.
+    pub executable: File,
+    /// `AT_ENTRY`: where its program starts, after relocation.
+    entry: u64,
+}
+
+impl Process {
+    /// Opens process `pid`.
+    ///
+    /// # Errors
+    /// [`ProcessError`], which names the process.
+    pub fn open(pid: u32) -> Result<Process, ProcessError> {
+        let failed = |error: ProcError| match error {
+            ProcError::NotFound(_) => ProcessError::NoSuchProcess(pid),
+            other => ProcessError::Other(pid, other.to_string()),
+        };
+        let signed = i32::try_from(pid).map_err(|_| ProcessError::NoSuchProcess(pid))?;
+        if pid == 0 {
+            return Err(ProcessError::NoSuchProcess(pid));
+        }
+        let process = ProcfsProcess::new(signed).map_err(failed)?;
+        let stat = process.stat().map_err(failed)?;
+        if matches!(stat.state, 'Z' | 'X' | 'x') {
+            return Err(ProcessError::Zombie(pid, stat.comm));
+        }
+        // PF_KTHREAD, include/linux/sched.h.
+        if stat.flags & 0x0020_0000 != 0 {
+            return Err(ProcessError::KernelThread(pid, stat.comm));
+        }
+        let link = format!("/proc/{pid}/exe");
+        let on_io = |what: &'static str| {
+            let comm = stat.comm.clone();
+            move |error: io::Error| match error.raw_os_error().map(Errno::from_raw) {
+                Some(Errno::EACCES | Errno::EPERM) => ProcessError::NotPermitted(pid, comm, what),
+                Some(Errno::ESRCH | Errno::ENOENT) => ProcessError::NoSuchProcess(pid),
+                _ => ProcessError::Other(pid, format!("{what}: {error}")),
+            }
+        };
+        let path = std::fs::read_link(&link).map_err(on_io("reading /proc/PID/exe"))?;
+        let executable = File::open(&link).map_err(on_io("opening its executable"))?;
+        let auxv = std::fs::read(format!("/proc/{pid}/auxv"))
+            .map_err(on_io("reading its auxiliary vector"))?;
+        let entry = auxv_entry(&auxv, AT_ENTRY).unwrap_or(0);
+        let command_line = process.cmdline().unwrap_or_default();
+        Ok(Process {
+            identity: Identity {
+                pid,
+                start_time: stat.starttime,
+                executable: path,
+                command_line,
+            },
+            executable,
+            entry,
+        })
+    }
+
+    /// How far the program was moved from the addresses in its file, given the
+    /// file's `e_entry`.
+    pub fn load_bias(&self, e_entry: Vaddr) -> LoadBias {
+        LoadBias(self.entry.wrapping_sub(e_entry.0))
+    }
+}
+
+/// The value of `key` in an auxiliary vector of 64-bit words.
+pub(crate) fn auxv_entry(auxv: &[u8], key: u64) -> Option<u64> {
+    let word = |bytes: &[u8]| bytes.try_into().ok().map(u64::from_le_bytes);
+    auxv.chunks_exact(16)
+        .find_map(|pair| (word(&pair[..8])? == key).then(|| word(&pair[8..]))?)
+}
+
+impl Identity {
+    /// `pid 4242 (/usr/bin/x)`: how messages name a process.
+    pub fn describe(&self) -> String {
+        format!("pid {} ({})", self.pid, display(&self.executable))
+    }
+
+    /// Whether the pid still means this process.
+    pub fn is_alive(&self) -> bool {
+        stat(self.pid).is_some_and(|stat| {
+            stat.starttime == self.start_time && !matches!(stat.state, 'Z' | 'X' | 'x')
+        })
+    }
+
+    /// CPU time that the process has used, in nanoseconds, user and system,
+    /// ended threads included; `None` when it is gone.
+    pub fn cpu_time_ns(&self) -> Option<u64> {
+        // The process's CPU clock is exact where /proc/PID/stat counts in
+        // hundredths of a second.
+        let clock = clock_getcpuclockid(Pid::from_raw(self.pid.cast_signed())).ok()?;
+        let time = clock_gettime(clock).ok()?;
+        let seconds = u64::try_from(time.tv_sec()).ok()?;
+        seconds
+            .checked_mul(1_000_000_000)?
+            .checked_add(u64::try_from(time.tv_nsec()).ok()?)
+    }
+
+    /// Live threads, by `/proc/PID/stat`; `None` when it is gone.
+    pub fn threads(&self) -> Option<u64> {
+        u64::try_from(stat(self.pid)?.num_threads).ok()
+    }
+
+    /// When the process started, in nanoseconds of CLOCK_BOOTTIME.
+    pub fn started_at_ns(&self) -> u64 {
+        self.start_time
+            .saturating_mul(1_000_000_000 / procfs::ticks_per_second().max(1))
+    }
+}
+
+/// A path as messages show it: control characters neutralised.
+fn display(path: &Path) -> String {
+    path.to_string_lossy()
+        .chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
+}
+
+fn stat(pid: u32) -> Option<Stat> {
+    ProcfsProcess::new(pid.cast_signed()).ok()?.stat().ok()
+}
+
+/// Resident set of leakmon itself, in bytes.
+pub fn own_rss() -> Option<u64> {
+    let stat = ProcfsProcess::myself().ok()?.stat().ok()?;
+    Some(stat.rss_bytes().get())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn opens_itself() {
+        let own = Process::open(std::process::id()).unwrap();
+        assert_eq!(own.identity.executable, std::env::current_exe().unwrap());
+        assert!(own.identity.is_alive());
+        assert!(own.identity.threads().unwrap() >= 1);
+        let elf = crate::binary::elf::Elf::parse(&own.executable).unwrap();
+        let here = opens_itself as fn() as usize as u64;
+        let vaddr = own
+            .load_bias(elf.entry)
+            .vaddr(crate::binary::addr::RuntimeAddr(here));
+        assert!(
+            elf.file_offset(vaddr).is_some(),
+            "{vaddr} is not in the file"
+        );
+    }
+
+    #[test]
+    fn names_what_cannot_be_watched() {
+        assert!(matches!(
+            Process::open(0),
+            Err(ProcessError::NoSuchProcess(0))
+        ));
+        assert!(matches!(
+            Process::open(u32::MAX),
+            Err(ProcessError::NoSuchProcess(u32::MAX))
+        ));
+        // kthreadd is always pid 2 outside of a pid namespace.
+        if std::fs::read_to_string("/proc/2/comm").is_ok_and(|c| c == "kthreadd\n") {
+            let error = Process::open(2).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                "pid 2 (kthreadd): a kernel thread, it runs no program"
+            );
+        }
+        let mut child = std::process::Command::new("/bin/true").spawn().unwrap();
+        let error = loop {
+            if let Err(error) = Process::open(child.id()) {
+                break error;
+            }
+        };
+        assert!(matches!(error, ProcessError::Zombie(..)), "{error}");
+        child.wait().unwrap();
+        assert!(matches!(
+            Process::open(child.id()),
+            Err(ProcessError::NoSuchProcess(_))
+        ));
+    }
+}

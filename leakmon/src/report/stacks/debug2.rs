@@ -1,0 +1,139 @@
+//! `pprof.Lookup("goroutine").WriteTo(w, 2)`, from Go's runtime/traceback.go.
+
+use std::io;
+
+use super::super::text::function;
+use super::{frames, shown};
+use crate::task::human::safe;
+use crate::task::{Dump, Frame, State, Task};
+
+/// Frames that Go 1.21 and later print from each end of a long stack.
+const ENDS: usize = 50;
+
+/// Calls that Go before 1.21 goes through, hidden ones included.
+const INNERMOST: usize = 100;
+
+pub(super) fn write(dump: &Dump, out: &mut dyn io::Write) -> io::Result<()> {
+    let both_ends = minor_version(&dump.version).is_none_or(|minor| minor >= 21);
+    for (i, task) in dump.tasks.iter().enumerate() {
+        if i > 0 {
+            out.write_all(b"\n")?;
+        }
+        header(task, out)?;
+        let stack = frames(dump, task.stack);
+        if stack.is_empty() {
+            out.write_all(if task.state == State::Running {
+                b"\tgoroutine running on other thread; stack unavailable\n"
+            } else {
+                b"\tstack unavailable\n"
+            })?;
+        } else if both_ends {
+            ends(stack, out)?;
+        } else {
+            innermost(stack, out)?;
+        }
+        let site = dump.sites.get(task.site.0 as usize);
+        if let Some(creator) = site.and_then(|site| site.created_by.as_ref())
+            && !creator.hidden
+            && task.id != 1
+        {
+            created_by(creator, task.parent, out)?;
+        }
+    }
+    Ok(())
+}
+
+/// 26 of `go1.26.8`.
+fn minor_version(version: &str) -> Option<u32> {
+    let (_, rest) = version.split_once("go1.")?;
+    let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+    digits.parse().ok()
+}
+
+fn header(task: &Task, out: &mut dyn io::Write) -> io::Result<()> {
+    let waits = matches!(task.state, State::Waiting | State::Leaked);
+    let reason = task
+        .reason
+        .as_deref()
+        .filter(|reason| waits && !reason.is_empty());
+    let status = safe(reason.unwrap_or(task.state.name()));
+    write!(out, "goroutine {} [{status}", task.id)?;
+    if task.state == State::Leaked {
+        out.write_all(b" (leaked)")?;
+    }
+    if task.scan {
+        out.write_all(b" (scan)")?;
+    }
+    if matches!(task.state, State::Waiting | State::Syscall) {
+        let minutes = task.waited.map_or(0, |waited| waited.as_secs() / 60);
+        if minutes >= 1 {
+            write!(out, ", {minutes} minutes")?;
+        }
+    }
+    if task.locked_to_thread {
+        out.write_all(b", locked to thread")?;
+    }
+    out.write_all(b"]:\n")
+}
+
+fn ends(stack: &[Frame], out: &mut dyn io::Write) -> io::Result<()> {
+    let total = shown(stack).count();
+    let elided = total.saturating_sub(2 * ENDS);
+    for (i, frame) in shown(stack).enumerate() {
+        if elided > 0 && i == ENDS {
+            writeln!(out, "...{elided} frames elided...")?;
+        }
+        if i < ENDS || i >= ENDS + elided {
+            call(frame, out)?;
+        }
+    }
+    Ok(())
+}
+
+fn innermost(stack: &[Frame], out: &mut dyn io::Write) -> io::Result<()> {
+    let all = stack.iter().all(|frame| frame.hidden);
+    let (mut calls, mut printed) = (0, 0);
+    for frame in stack {
+        if all || !frame.hidden {
+            call(frame, out)?;
+            printed += 1;
+        }
+        // Inlined calls do not count, but the one that they end in.
+        calls += usize::from(!frame.inlined);
+        if calls == INNERMOST {
+            break;
+        }
+    }
+    if printed == INNERMOST {
+        out.write_all(b"...additional frames elided...\n")?;
+    }
+    Ok(())
+}
+
+fn call(frame: &Frame, out: &mut dyn io::Write) -> io::Result<()> {
+    writeln!(out, "{}(...)", name(frame))?;
+    write!(out, "\t{}:{}", safe(&frame.file), frame.line)?;
+    if !frame.inlined && frame.offset > 0 {
+        write!(out, " +{:#x}", frame.offset)?;
+    }
+    out.write_all(b"\n")
+}
+
+fn created_by(creator: &Frame, parent: Option<u64>, out: &mut dyn io::Write) -> io::Result<()> {
+    write!(out, "created by {}", name(creator))?;
+    if let Some(parent) = parent.filter(|parent| *parent != 0) {
+        write!(out, " in goroutine {parent}")?;
+    }
+    write!(out, "\n\t{}:{}", safe(&creator.file), creator.line)?;
+    if creator.offset > 0 {
+        write!(out, " +{:#x}", creator.offset)?;
+    }
+    out.write_all(b"\n")
+}
+
+fn name(frame: &Frame) -> std::borrow::Cow<'_, str> {
+    match &*frame.function {
+        "runtime.gopanic" => "panic".into(),
+        other => function(other),
+    }
+}

@@ -1,0 +1,890 @@
+//! The census: every goroutine of a process, read from `runtime.allgs` without
+//! stopping it.
+//!
+//! The target runs on while it is read, so nothing is taken at its word. A g
+//! is read, then its stack, then the g once more, in one call that the kernel
+//! carries out in this order: when both readings agree the stack belongs to
+//! them. What keeps changing is counted, and its stack left out.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::time::{ClockId, clock_gettime};
+use rustc_hash::FxHashMap;
+
+use crate::binary::addr::{LoadBias, RuntimeAddr};
+use crate::process::memory::{Memory, Range};
+use crate::task::{
+    Age, Dump, Group, Population, Site, SiteId, SiteKey, Stack, StackId, State, Task,
+};
+
+use super::layout::{self, Layout, status};
+use super::pclntab::TextOffset;
+use super::program::{Program, Refusal};
+use super::stack::{End, Unwinder};
+use super::symbols::{Pc, Symbols};
+
+/// Goroutines handled at a time: bounds the memory of a census.
+const BATCH: usize = 4096;
+
+/// gs that lie closer than this, in bytes, are read together: the bytes
+/// between them cost less than another range.
+const GAP: u64 = 512;
+
+/// Most bytes of one read range.
+const MAX_RUN: u64 = 1 << 16;
+
+/// Bytes of a stack that are read first; most parked goroutines need fewer.
+const STACK_FIRST: u64 = 1024;
+
+/// Stacks that are read in one go: bounds the buffer.
+const STACKS_AT_ONCE: usize = 512;
+
+/// Most bytes of a stack that are read: Go's own limit is 1 GB, of which a
+/// trace shows 100 frames.
+const STACK_MOST: u64 = 16 << 20;
+
+/// Frames of a stack that a census tells apart. Deeper ones are told apart by
+/// their innermost frames only; a dump has them all.
+const CENSUS_FRAMES: usize = 64;
+
+/// Frames of a stack that a dump keeps.
+const DUMP_FRAMES: usize = 1 << 17;
+
+/// Stacks and sites that are remembered between censuses.
+const MAX_REMEMBERED: usize = 1 << 16;
+
+/// Most goroutines that are believed to exist.
+const MAX_GOROUTINES: u64 = 1 << 28;
+
+/// Times a goroutine that changed while it was read is read again.
+const RETRIES: usize = 3;
+
+/// Where the runtime's tables lie in the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tables {
+    /// `runtime.allglen`.
+    pub allglen: RuntimeAddr,
+    /// `runtime.allgptr`.
+    pub allgptr: RuntimeAddr,
+}
+
+/// What leakmon reads of a `runtime.g`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct RawG {
+    addr: RuntimeAddr,
+    stack_lo: u64,
+    stack_hi: u64,
+    m: u64,
+    sched_sp: u64,
+    sched_pc: u64,
+    sched_g: u64,
+    syscallsp: u64,
+    syscallpc: u64,
+    status: u32,
+    goid: u64,
+    waitsince: u64,
+    waitreason: u8,
+    tracking_seq: u8,
+    lockedm: u64,
+    parent: Option<u64>,
+    gopc: u64,
+    startpc: u64,
+    waiting: u64,
+    labels: u64,
+}
+
+impl RawG {
+    /// Decodes the bytes of a g; `None` when there are too few.
+    fn decode(bytes: &[u8], addr: RuntimeAddr, layout: &Layout) -> Option<RawG> {
+        let word = |at: usize| {
+            let word = bytes.get(at..at.checked_add(8)?)?;
+            Some(u64::from_le_bytes(word.try_into().ok()?))
+        };
+        let g = &layout.g;
+        Some(RawG {
+            addr,
+            stack_lo: word(layout::G_STACK_LO)?,
+            stack_hi: word(layout::G_STACK_HI)?,
+            m: word(layout::G_M)?,
+            sched_sp: word(layout::G_SCHED_SP)?,
+            sched_pc: word(layout::G_SCHED_PC)?,
+            sched_g: word(layout::G_SCHED_G)?,
+            syscallsp: word(g.syscallsp)?,
+            syscallpc: word(g.syscallsp + 8)?,
+            status: word(g.atomicstatus)? as u32,
+            goid: word(g.goid)?,
+            waitsince: word(g.waitsince)?,
+            waitreason: *bytes.get(g.waitreason)?,
+            tracking_seq: *bytes.get(g.tracking_seq)?,
+            lockedm: word(g.lockedm)?,
+            parent: match g.parent_goid {
+                Some(at) => Some(word(at)?),
+                None => None,
+            },
+            gopc: word(g.gopc)?,
+            startpc: word(g.startpc)?,
+            waiting: word(g.waiting)?,
+            labels: word(g.labels)?,
+        })
+    }
+
+    fn base_status(&self) -> u32 {
+        self.status & !status::SCAN
+    }
+
+    /// Whether it exists at all: `NumGoroutine` counts no idle or dead g.
+    fn exists(&self) -> bool {
+        !matches!(
+            self.base_status(),
+            status::IDLE | status::DEAD | status::DEADEXTRA
+        )
+    }
+
+    fn state(&self) -> Option<State> {
+        Some(match self.base_status() {
+            status::RUNNABLE => State::Runnable,
+            status::RUNNING => State::Running,
+            status::SYSCALL => State::Syscall,
+            status::WAITING => State::Waiting,
+            status::COPYSTACK => State::CopyStack,
+            status::PREEMPTED => State::Preempted,
+            status::LEAKED => State::Leaked,
+            _ => return None,
+        })
+    }
+
+    /// Where it will go on, and its stack pointer there; `None` while it runs.
+    fn resume(&self) -> Option<(RuntimeAddr, u64)> {
+        match self.state()? {
+            State::Running | State::CopyStack => None,
+            State::Syscall => Some((RuntimeAddr(self.syscallpc), self.syscallsp)),
+            // The runtime's own rule: unwinder.initAt, runtime/traceback.go.
+            _ if self.syscallsp != 0 => Some((RuntimeAddr(self.syscallpc), self.syscallsp)),
+            _ => Some((RuntimeAddr(self.sched_pc), self.sched_sp)),
+        }
+    }
+
+    /// Whether `later` shows the same goroutine, not having run in between.
+    ///
+    /// trackingSeq moves each time a goroutine leaves running (casgstatus,
+    /// runtime/proc.go); the runtime may move a stack, but not change its
+    /// depth, and sets waitsince once while it is blocked.
+    fn is_still(&self, later: &RawG) -> bool {
+        self.goid == later.goid
+            && self.base_status() == later.base_status()
+            && self.waitreason == later.waitreason
+            && self.tracking_seq == later.tracking_seq
+            && self.depth() == later.depth()
+            && self.resume().map(|r| r.0) == later.resume().map(|r| r.0)
+            && (self.waitsince == 0 || self.waitsince == later.waitsince)
+    }
+
+    /// Bytes on its stack, which stay the same when the runtime moves it.
+    fn depth(&self) -> u64 {
+        self.resume()
+            .map_or(0, |(_, sp)| self.stack_hi.wrapping_sub(sp))
+    }
+
+    fn site(&self) -> SiteKey {
+        SiteKey {
+            created_at: self.gopc,
+            entry: self.startpc,
+        }
+    }
+
+    fn wait_reason(&self) -> Option<u8> {
+        matches!(self.state(), Some(State::Waiting | State::Leaked)).then_some(self.waitreason)
+    }
+}
+
+/// What a function at which goroutines start is to the runtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Start {
+    /// The program's own goroutine.
+    User,
+    /// One of the runtime's.
+    System,
+    /// The runtime's, which runs finalizers or cleanups of the program: dumps
+    /// show it while it does, NumGoroutine never counts it.
+    Callbacks,
+}
+
+/// What is remembered of a g between two censuses, by its place in allgs.
+#[derive(Clone, Copy, Debug)]
+struct Remembered {
+    g: RawG,
+    /// CLOCK_MONOTONIC nanoseconds of the first census that found it so.
+    since: u64,
+    stack: Option<StackId>,
+    site: SiteId,
+}
+
+/// Interns sites and stacks.
+#[derive(Debug)]
+struct Tallies {
+    symbols: Symbols,
+    site_ids: FxHashMap<SiteKey, SiteId>,
+    sites: Arc<Vec<Site>>,
+    stack_ids: FxHashMap<Box<[Pc]>, StackId>,
+    stacks: Arc<Vec<Stack>>,
+}
+
+impl Tallies {
+    fn new(program: &Arc<Program>, bias: LoadBias) -> Tallies {
+        Tallies {
+            symbols: Symbols::new(Arc::clone(program), bias),
+            site_ids: FxHashMap::default(),
+            sites: Arc::default(),
+            stack_ids: FxHashMap::default(),
+            stacks: Arc::default(),
+        }
+    }
+
+    fn site(&mut self, key: SiteKey) -> SiteId {
+        if let Some(id) = self.site_ids.get(&key) {
+            return *id;
+        }
+        let id = SiteId(u32::try_from(self.sites.len()).unwrap_or(u32::MAX));
+        let site = self.symbols.site(key);
+        Arc::make_mut(&mut self.sites).push(site);
+        self.site_ids.insert(key, id);
+        id
+    }
+
+    fn stack(&mut self, pcs: &[Pc]) -> StackId {
+        if let Some(id) = self.stack_ids.get(pcs) {
+            return *id;
+        }
+        let id = StackId(u32::try_from(self.stacks.len()).unwrap_or(u32::MAX));
+        let stack = self.symbols.stack(pcs);
+        Arc::make_mut(&mut self.stacks).push(stack);
+        self.stack_ids.insert(pcs.into(), id);
+        id
+    }
+
+    /// Forgets everything once too much is remembered; returns whether it did.
+    fn trim(&mut self) -> bool {
+        let full = self.stacks.len() > MAX_REMEMBERED || self.sites.len() > MAX_REMEMBERED;
+        if full {
+            self.site_ids.clear();
+            self.sites = Arc::default();
+            self.stack_ids.clear();
+            self.stacks = Arc::default();
+        }
+        full
+    }
+}
+
+/// Reads the goroutines of one process, again and again.
+#[derive(Debug)]
+pub struct Census<M> {
+    memory: M,
+    program: Arc<Program>,
+    bias: LoadBias,
+    tables: Tables,
+    unwinder: Unwinder,
+    tallies: Tallies,
+    starts: FxHashMap<u64, Start>,
+    remembered: Vec<Option<Remembered>>,
+    /// CLOCK_MONOTONIC nanoseconds of the last census.
+    last: Option<u64>,
+}
+
+/// One goroutine, read.
+struct Read {
+    index: usize,
+    g: RawG,
+    start: Start,
+    /// Its program counters, when its stack was read afresh and whole.
+    fresh: Option<Vec<Pc>>,
+    /// It kept changing.
+    unstable: bool,
+}
+
+impl<M: Memory> Census<M> {
+    /// A census of the process whose memory is `memory`.
+    pub fn new(memory: M, program: Arc<Program>, bias: LoadBias, tables: Tables) -> Census<M> {
+        Census {
+            memory,
+            unwinder: Unwinder::new(Arc::clone(&program), bias),
+            tallies: Tallies::new(&program, bias),
+            program,
+            bias,
+            tables,
+            starts: FxHashMap::default(),
+            remembered: Vec::new(),
+            last: None,
+        }
+    }
+
+    /// The program that the process runs.
+    pub fn program(&self) -> &Arc<Program> {
+        &self.program
+    }
+
+    /// The memory that is read.
+    pub fn memory(&self) -> &M {
+        &self.memory
+    }
+
+    /// Symbolises a site that a probe met.
+    pub fn site(&mut self, key: SiteKey) -> Site {
+        let id = self.tallies.site(key);
+        self.tallies.sites[id.0 as usize].clone()
+    }
+
+    /// Symbolises return addresses that a probe met, innermost first.
+    pub fn stack_of(&mut self, return_addresses: &[u64]) -> Stack {
+        let pcs: Vec<Pc> = return_addresses
+            .iter()
+            .map(|pc| Pc::after_call(RuntimeAddr(*pc)))
+            .collect();
+        self.tallies.symbols.stack(&pcs)
+    }
+
+    /// Counts every goroutine.
+    ///
+    /// # Errors
+    /// [`Refusal`]: the process is gone or replaced, or its tables are not what
+    /// its version promises.
+    pub fn population(&mut self) -> Result<Population, Refusal> {
+        if self.tallies.trim() {
+            // Ages go on; only what names the forgotten tables goes.
+            for remembered in self.remembered.iter_mut().flatten() {
+                remembered.stack = None;
+            }
+            let Census {
+                remembered,
+                tallies,
+                ..
+            } = self;
+            for remembered in remembered.iter_mut().flatten() {
+                remembered.site = tallies.site(remembered.g.site());
+            }
+        }
+        let started = Instant::now();
+        let now = monotonic_ns();
+        let mut population = Population {
+            taken_at: now,
+            took: Duration::ZERO,
+            count: 0,
+            system: 0,
+            unstable: 0,
+            states: BTreeMap::new(),
+            groups: Vec::new(),
+            sites: Arc::default(),
+            stacks: Arc::default(),
+        };
+        let mut groups: FxHashMap<(SiteId, State, Option<u8>, Option<StackId>), Group> =
+            FxHashMap::default();
+        let gs = self.all_gs()?;
+        self.remembered.resize(gs.len(), None);
+        for first in (0..gs.len()).step_by(BATCH) {
+            let batch = &gs[first..gs.len().min(first + BATCH)];
+            for read in self.read_batch(batch, first, CENSUS_FRAMES, true)? {
+                self.tally(&read, now, &mut population, &mut groups);
+            }
+        }
+        self.memory_check()?;
+        population.groups = groups.into_values().collect();
+        population.sites = Arc::clone(&self.tallies.sites);
+        population.stacks = Arc::clone(&self.tallies.stacks);
+        population.took = started.elapsed();
+        self.last = Some(now);
+        Ok(population)
+    }
+
+    fn tally(
+        &mut self,
+        read: &Read,
+        now: u64,
+        population: &mut Population,
+        groups: &mut FxHashMap<(SiteId, State, Option<u8>, Option<StackId>), Group>,
+    ) {
+        let slot = self.remembered[read.index];
+        if !read.g.exists() {
+            self.remembered[read.index] = None;
+            return;
+        }
+        let Some(state) = read.g.state() else {
+            population.unstable += 1;
+            return;
+        };
+        if read.start != Start::User {
+            population.system += 1;
+            self.remembered[read.index] = None;
+            return;
+        }
+        population.count += 1;
+        population.unstable += u64::from(read.unstable);
+        *population.states.entry(state).or_default() += 1;
+        let before = slot.filter(|slot| slot.g.addr == read.g.addr && slot.g.is_still(&read.g));
+        let blocked = matches!(state, State::Waiting | State::Leaked | State::Syscall);
+        let not_run = before.is_some() && blocked;
+        let since = match before {
+            Some(before) if not_run => before.since,
+            _ => now,
+        };
+        let stack = match &read.fresh {
+            Some(pcs) => Some(self.tallies.stack(pcs)),
+            None => before.and_then(|before| before.stack),
+        };
+        let site = match slot {
+            Some(slot) if slot.g.site() == read.g.site() => slot.site,
+            _ => self.tallies.site(read.g.site()),
+        };
+        self.remembered[read.index] = Some(Remembered {
+            g: read.g,
+            since,
+            stack,
+            site,
+        });
+        let reason = read.g.wait_reason();
+        let waited_since = match read.g.waitsince {
+            0 => since,
+            waitsince => since.min(waitsince),
+        };
+        let age = blocked.then(|| Age {
+            at_least: Duration::from_nanos(now.saturating_sub(waited_since)),
+        });
+        let group = groups
+            .entry((site, state, reason, stack))
+            .or_insert_with(|| Group {
+                site,
+                state,
+                reason: reason.map(|reason| self.program.wait_reason_or_number(reason)),
+                stack,
+                count: 0,
+                not_run: 0,
+                oldest: None,
+                sample: read.g.goid,
+            });
+        group.count += 1;
+        group.not_run += u64::from(not_run);
+        if (age, std::cmp::Reverse(read.g.goid)) > (group.oldest, std::cmp::Reverse(group.sample)) {
+            group.oldest = age;
+            group.sample = read.g.goid;
+        }
+    }
+
+    /// Every goroutine with its whole stack, in the order of `runtime.allgs`.
+    ///
+    /// # Errors
+    /// As [`Census::population`].
+    pub fn dump(&mut self) -> Result<Dump, Refusal> {
+        let mut tallies = Tallies::new(&self.program, self.bias);
+        let mut tasks = Vec::new();
+        let now = monotonic_ns();
+        let gs = self.all_gs()?;
+        for first in (0..gs.len()).step_by(BATCH) {
+            let batch = &gs[first..gs.len().min(first + BATCH)];
+            for read in self.read_batch(batch, first, DUMP_FRAMES, false)? {
+                let g = &read.g;
+                let Some(state) = g.state().filter(|_| g.exists()) else {
+                    continue;
+                };
+                let stack = read.fresh.as_ref().map(|pcs| tallies.stack(pcs));
+                let shown = match read.start {
+                    Start::User => true,
+                    Start::System => false,
+                    Start::Callbacks => {
+                        stack.is_some_and(|id| calls_back(&tallies.stacks[id.0 as usize]))
+                    }
+                };
+                if !shown {
+                    continue;
+                }
+                let waits = matches!(state, State::Waiting | State::Syscall);
+                tasks.push(Task {
+                    id: g.goid,
+                    parent: g.parent.filter(|parent| *parent != 0),
+                    state,
+                    reason: g
+                        .wait_reason()
+                        .filter(|reason| *reason != 0)
+                        .map(|reason| self.program.wait_reason_or_number(reason)),
+                    scan: g.status & status::SCAN != 0,
+                    waited: (waits && g.waitsince != 0)
+                        .then(|| Duration::from_nanos(now.saturating_sub(g.waitsince))),
+                    locked_to_thread: g.lockedm != 0,
+                    site: tallies.site(g.site()),
+                    stack,
+                    labels: self.labels(g.labels),
+                });
+            }
+        }
+        self.memory_check()?;
+        Ok(Dump {
+            tasks,
+            sites: tallies.sites,
+            stacks: tallies.stacks,
+            version: self.program.version.text.clone(),
+        })
+    }
+
+    fn memory_check(&self) -> Result<(), Refusal> {
+        self.memory.still_the_same().map_err(Refusal::Memory)
+    }
+
+    /// The addresses in `runtime.allgs`.
+    fn all_gs(&self) -> Result<Vec<RuntimeAddr>, Refusal> {
+        // The length first: the runtime writes the pointer first, so the
+        // array has at least as many (allgadd, runtime/proc.go).
+        let len = self.memory.u64_at(self.tables.allglen)?;
+        let array = RuntimeAddr(self.memory.u64_at(self.tables.allgptr)?);
+        if len > MAX_GOROUTINES || (len > 0 && array.0 == 0) {
+            return Err(Refusal::Unproven(format!(
+                "runtime.allglen says {len} goroutines, which cannot be"
+            )));
+        }
+        let mut gs = Vec::with_capacity(len as usize);
+        let mut left = len as usize;
+        let mut at = array;
+        while left > 0 {
+            let part = left.min(1 << 16);
+            let bytes = self.memory.bytes(at, part * 8)?;
+            gs.extend(
+                bytes
+                    .chunks_exact(8)
+                    .map(|word| RuntimeAddr(word.try_into().map_or(0, u64::from_le_bytes))),
+            );
+            at = at.wrapping_add(part as u64 * 8);
+            left -= part;
+        }
+        Ok(gs)
+    }
+
+    /// Reads the goroutines at `addrs`, which are at `first` in allgs.
+    ///
+    /// With `reuse`, the stack of one that has not run since the last census
+    /// is not read again.
+    fn read_batch(
+        &mut self,
+        addrs: &[RuntimeAddr],
+        first: usize,
+        frames: usize,
+        reuse: bool,
+    ) -> Result<Vec<Read>, Refusal> {
+        let gs = self.read_gs(addrs)?;
+        let mut reads = Vec::with_capacity(gs.len());
+        let mut todo = Vec::new();
+        for (i, g) in gs.into_iter().enumerate() {
+            let index = first + i;
+            let start = if g.exists() {
+                self.start(&g)
+            } else {
+                Start::System
+            };
+            let known = reuse
+                && self
+                    .remembered
+                    .get(index)
+                    .copied()
+                    .flatten()
+                    .is_some_and(|before| {
+                        before.g.addr == g.addr && before.stack.is_some() && before.g.is_still(&g)
+                    });
+            if g.exists() && start != Start::System && !known {
+                if self.self_check(&g).is_err() {
+                    // The runtime was just moving its stack, perhaps: what is
+                    // wrong twice is wrong.
+                    let again = self.read_gs(&[g.addr])?[0];
+                    self.self_check(&again)?;
+                }
+                if g.resume().is_some() {
+                    todo.push(i);
+                }
+            }
+            reads.push(Read {
+                index,
+                g,
+                start,
+                fresh: None,
+                unstable: false,
+            });
+        }
+        for attempt in 0..RETRIES {
+            if todo.is_empty() {
+                break;
+            }
+            todo = self.read_stacks(&mut reads, &todo, frames)?;
+            if attempt > 0 {
+                // What still changes is running: give it the time to rest.
+                std::thread::yield_now();
+            }
+        }
+        for i in todo {
+            reads[i].unstable = true;
+        }
+        Ok(reads)
+    }
+
+    /// Reads the gs at `addrs`.
+    fn read_gs(&self, addrs: &[RuntimeAddr]) -> Result<Vec<RawG>, Refusal> {
+        let runs = Runs::of(addrs.iter().copied(), self.program.layout.g_len());
+        let mut buf = vec![0; runs.len];
+        if self.memory.read_ranges(&runs.ranges, &mut buf)? < runs.len {
+            return Err(Refusal::Unproven(
+                "runtime.allgs points to memory that is not there".to_owned(),
+            ));
+        }
+        let decode = |(start, addr): (&usize, &RuntimeAddr)| {
+            RawG::decode(buf.get(*start..)?, *addr, &self.program.layout)
+        };
+        runs.starts
+            .iter()
+            .zip(addrs)
+            .map(decode)
+            .collect::<Option<Vec<RawG>>>()
+            .ok_or_else(|| Refusal::Unproven("a runtime.g could not be decoded".to_owned()))
+    }
+
+    /// Reads the stacks of `reads[i]` for each `i` of `todo`, and each g once
+    /// more behind its stack. Returns those that changed meanwhile; they hold
+    /// their newest g.
+    fn read_stacks(
+        &mut self,
+        reads: &mut [Read],
+        todo: &[usize],
+        frames: usize,
+    ) -> Result<Vec<usize>, Refusal> {
+        let g_len = self.program.layout.g_len();
+        let mut alone = Vec::new();
+        let mut buf = Vec::new();
+        for part in todo.chunks(STACKS_AT_ONCE) {
+            let mut ranges = Vec::with_capacity(part.len() * 2);
+            for i in part {
+                let g = &reads[*i].g;
+                let (_, sp) = g.resume().unwrap_or_default();
+                ranges.push(Range {
+                    addr: RuntimeAddr(sp),
+                    len: g.depth().min(STACK_FIRST) as usize,
+                });
+            }
+            let stacks_len: usize = ranges.iter().map(|r| r.len).sum();
+            let runs = Runs::of(part.iter().map(|i| reads[*i].g.addr), g_len);
+            ranges.extend(&runs.ranges);
+            buf.resize(stacks_len + runs.len, 0);
+            let done = self.memory.read_ranges(&ranges, &mut buf)?;
+            if done < buf.len() {
+                // A stack that was freed meanwhile ends the whole read.
+                alone.extend(part);
+                continue;
+            }
+            let (stacks, gs) = buf.split_at(stacks_len);
+            let mut at = 0;
+            for (n, i) in part.iter().enumerate() {
+                let stack = &stacks[at..at + ranges[n].len];
+                at += ranges[n].len;
+                match self.unwind(&mut reads[*i], stack, &gs[runs.starts[n]..], frames) {
+                    Outcome::Done => {}
+                    Outcome::Changed | Outcome::Deeper => alone.push(*i),
+                }
+            }
+        }
+        let mut left = Vec::new();
+        for i in alone {
+            if !self.read_alone(&mut reads[i], frames)? {
+                left.push(i);
+            }
+        }
+        Ok(left)
+    }
+
+    /// Reads one goroutine's stack, as much of it as needed. False when it
+    /// changed meanwhile.
+    fn read_alone(&mut self, read: &mut Read, frames: usize) -> Result<bool, Refusal> {
+        let g_len = self.program.layout.g_len();
+        let mut want = STACK_FIRST;
+        loop {
+            let Some((_, sp)) = read.g.resume() else {
+                return Ok(true);
+            };
+            let len = read.g.depth().min(want).min(STACK_MOST) as usize;
+            let ranges = [
+                Range {
+                    addr: RuntimeAddr(sp),
+                    len,
+                },
+                Range {
+                    addr: read.g.addr,
+                    len: g_len,
+                },
+            ];
+            let mut buf = vec![0; len + g_len];
+            if self.memory.read_ranges(&ranges, &mut buf)? < buf.len() {
+                // Freed under our hands: look at the g again.
+                read.g = self.read_gs(&[read.g.addr])?[0];
+                return Ok(!read.g.exists());
+            }
+            let (stack, g) = buf.split_at(len);
+            match self.unwind(read, stack, g, frames) {
+                Outcome::Done => return Ok(true),
+                Outcome::Changed => return Ok(false),
+                Outcome::Deeper => want = want.saturating_mul(8),
+            }
+        }
+    }
+
+    fn unwind(&mut self, read: &mut Read, stack: &[u8], g: &[u8], frames: usize) -> Outcome {
+        let Some(now) = RawG::decode(g, read.g.addr, &self.program.layout) else {
+            return Outcome::Changed;
+        };
+        if !read.g.is_still(&now) || read.g.resume() != now.resume() {
+            read.g = now;
+            // One that has ended or runs has no stack to read.
+            return if now.exists() && now.resume().is_some() {
+                Outcome::Changed
+            } else {
+                Outcome::Done
+            };
+        }
+        let Some((pc, _)) = now.resume() else {
+            return Outcome::Done;
+        };
+        let mut pcs = Vec::with_capacity(16);
+        match self.unwinder.unwind(pc, stack, frames, &mut pcs) {
+            End::Top | End::Lost | End::Limit => read.fresh = Some(pcs),
+            End::Short if (stack.len() as u64) < now.depth().min(STACK_MOST) => {
+                return Outcome::Deeper;
+            }
+            // The stack's end was reached, or an address that is none of Go's:
+            // so much of it is true.
+            End::Short | End::Torn => read.fresh = Some(pcs),
+        }
+        Outcome::Done
+    }
+
+    /// What only holds when the layout is right, whatever the goroutine does.
+    fn self_check(&self, g: &RawG) -> Result<(), Refusal> {
+        let failed = |what: &str| {
+            Err(Refusal::Unproven(format!(
+                "goroutine {}: {what}: the layout of {} does not fit this program",
+                g.goid, self.program.version.text
+            )))
+        };
+        if g.sched_g != 0 && g.sched_g != g.addr.0 {
+            return failed("g.sched.g does not point to itself");
+        }
+        if g.stack_lo >= g.stack_hi {
+            return failed("g.stack is empty");
+        }
+        if g.base_status() == status::WAITING && self.program.wait_reason(g.waitreason).is_none() {
+            return failed("g.waitreason is out of range");
+        }
+        Ok(())
+    }
+
+    /// isSystemGoroutine, runtime/traceback.go.
+    fn start(&mut self, g: &RawG) -> Start {
+        if let Some(start) = self.starts.get(&g.startpc) {
+            return *start;
+        }
+        let program = &self.program;
+        let name = program
+            .text_offset(self.bias.vaddr(RuntimeAddr(g.startpc)))
+            .and_then(|offset: TextOffset| program.table.name(program.table.function(offset)?))
+            .unwrap_or(b"");
+        let start = match name {
+            b"runtime.main" | b"runtime.corostart" | b"runtime.handleAsyncEvent" => Start::User,
+            b"runtime.runfinq" | b"runtime.runFinalizers" | b"runtime.runCleanups" => {
+                Start::Callbacks
+            }
+            _ if name.starts_with(b"runtime.") => Start::System,
+            _ => Start::User,
+        };
+        if self.starts.len() >= MAX_REMEMBERED {
+            self.starts.clear();
+        }
+        self.starts.insert(g.startpc, start);
+        start
+    }
+
+    /// The pprof labels at `addr`: runtime/pprof/label.go from Go 1.24 on.
+    fn labels(&self, addr: u64) -> Vec<(Arc<str>, Arc<str>)> {
+        /// More labels, or longer ones, than anybody sets are not believed.
+        const MOST: u64 = 64;
+        if addr == 0 || !self.program.layout.labels_are_slice {
+            return Vec::new();
+        }
+        let word = |at: u64| self.memory.u64_at(RuntimeAddr(at)).ok();
+        let string = |at: u64| {
+            let (data, len) = (word(at)?, word(at.wrapping_add(8))?);
+            let bytes = self
+                .memory
+                .bytes(RuntimeAddr(data), len.min(1024) as usize)
+                .ok()?;
+            Some(Arc::<str>::from(String::from_utf8_lossy(&bytes)))
+        };
+        let (Some(list), Some(len)) = (word(addr), word(addr.wrapping_add(8))) else {
+            return Vec::new();
+        };
+        (0..len.min(MOST))
+            .map_while(|i| {
+                let at = list.wrapping_add(i * 32);
+                Some((string(at)?, string(at.wrapping_add(16))?))
+            })
+            .collect()
+    }
+}
+
+/// Reads of equal length at many addresses, neighbours joined.
+struct Runs {
+    ranges: Vec<Range>,
+    /// Where in the buffer each read starts.
+    starts: Vec<usize>,
+    /// Bytes in all.
+    len: usize,
+}
+
+impl Runs {
+    fn of(addrs: impl Iterator<Item = RuntimeAddr>, each: usize) -> Runs {
+        let mut runs = Runs {
+            ranges: Vec::new(),
+            starts: Vec::new(),
+            len: 0,
+        };
+        for addr in addrs {
+            if let Some(last) = runs.ranges.last_mut() {
+                let gap = addr
+                    .0
+                    .wrapping_sub(last.addr.0)
+                    .wrapping_sub(last.len as u64);
+                if gap < GAP && last.len as u64 + gap + each as u64 <= MAX_RUN {
+                    runs.starts.push(runs.len + gap as usize);
+                    last.len += gap as usize + each;
+                    runs.len += gap as usize + each;
+                    continue;
+                }
+            }
+            runs.starts.push(runs.len);
+            runs.ranges.push(Range { addr, len: each });
+            runs.len += each;
+        }
+        runs
+    }
+}
+
+enum Outcome {
+    Done,
+    Changed,
+    Deeper,
+}
+
+/// Whether a stack of the runtime's finalizer or cleanup goroutine has a frame
+/// of the program on it.
+fn calls_back(stack: &Stack) -> bool {
+    stack
+        .frames
+        .iter()
+        .any(|f| !f.function.starts_with("runtime."))
+}
+
+/// CLOCK_MONOTONIC in nanoseconds, which is Go's nanotime.
+pub fn monotonic_ns() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |t| {
+        t.tv_sec().cast_unsigned() * 1_000_000_000 + t.tv_nsec().cast_unsigned()
+    })
+}

@@ -1,0 +1,262 @@
+//! A small Go program to be probed, and where its probe places lie.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::OnceLock;
+
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
+use leakmon::binary::addr::FileOffset;
+use leakmon::probe::{Place, Plan, Role, TargetLayout};
+use object::{Object as _, ObjectSegment as _, ObjectSymbol as _};
+
+/// Functions that call `gopark` for channels and locks.
+const PARKING: [&str; 5] = [
+    "runtime.chansend",
+    "runtime.chanrecv",
+    "runtime.selectgo",
+    "runtime.semacquire1",
+    "sync.runtime_notifyListWait",
+];
+
+/// Compiles the program once.
+pub(crate) fn binary() -> PathBuf {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY
+        .get_or_init(|| {
+            let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("probe-target");
+            let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/probe/target.go");
+            // A second process (the one to be killed) finds it compiled.
+            let newer = |a: &Path, b: &Path| {
+                let time = |path: &Path| path.metadata().and_then(|meta| meta.modified()).ok();
+                time(a) > time(b)
+            };
+            if !newer(&out, &source) {
+                let status = Command::new("go")
+                    .args(["build", "-o"])
+                    .arg(&out)
+                    .arg(&source)
+                    .status()
+                    .expect("a Go toolchain");
+                assert!(status.success());
+            }
+            out
+        })
+        .clone()
+}
+
+/// A running target.
+pub(crate) struct Target {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+    functions: BTreeMap<u64, (u64, String)>,
+}
+
+impl Target {
+    pub(crate) fn start() -> Target {
+        let binary = binary();
+        let mut child = Command::new(&binary)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let input = child.stdin.take().unwrap();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        let data = std::fs::read(&binary).unwrap();
+        let file = object::File::parse(&*data).unwrap();
+        let functions = functions(&file);
+        let mut target = Target {
+            child,
+            input,
+            output,
+            functions,
+        };
+        assert_eq!(target.line(), "ready");
+        target
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn plan(&self) -> Plan {
+        plan(&binary())
+    }
+
+    /// Runs a command of the program to its end and says how long it took.
+    pub(crate) fn run(&mut self, command: &str) -> std::time::Duration {
+        writeln!(self.input, "{command}").unwrap();
+        let line = self.line();
+        let nanos = line.strip_prefix("done ").unwrap();
+        std::time::Duration::from_nanos(nanos.parse().unwrap())
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.output.read_line(&mut line).unwrap();
+        line.trim().to_owned()
+    }
+
+    /// The function that holds an address.
+    pub(crate) fn function(&self, address: u64) -> &str {
+        match self.functions.range(..=address).next_back() {
+            Some((start, (size, name))) if address < start + size => name,
+            _ => "",
+        }
+    }
+
+    /// The address of a function.
+    pub(crate) fn symbol(&self, name: &str) -> u64 {
+        let found = self.functions.iter().find(|(_, (_, other))| other == name);
+        *found.unwrap().0
+    }
+
+    /// The first byte of each place in the running process.
+    pub(crate) fn code(&self, places: &[Place]) -> Vec<u8> {
+        let data = std::fs::read(binary()).unwrap();
+        let file = object::File::parse(&*data).unwrap();
+        let memory = std::fs::File::open(format!("/proc/{}/mem", self.pid())).unwrap();
+        places
+            .iter()
+            .map(|place| {
+                let mut byte = [0];
+                memory
+                    .read_exact_at(&mut byte, vaddr(&file, place.offset))
+                    .unwrap();
+                byte[0]
+            })
+            .collect()
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+fn functions(file: &object::File<'_>) -> BTreeMap<u64, (u64, String)> {
+    file.symbols()
+        .filter(|symbol| symbol.kind() == object::SymbolKind::Text)
+        .map(|symbol| {
+            let name = symbol.name().unwrap().to_owned();
+            (symbol.address(), (symbol.size(), name))
+        })
+        .collect()
+}
+
+fn offset(file: &object::File<'_>, address: u64) -> FileOffset {
+    let segment = file
+        .segments()
+        .find(|segment| (segment.address()..segment.address() + segment.size()).contains(&address))
+        .unwrap();
+    FileOffset(address - segment.address() + segment.file_range().0)
+}
+
+fn vaddr(file: &object::File<'_>, offset: FileOffset) -> u64 {
+    let segment = file
+        .segments()
+        .find(|segment| {
+            let (start, size) = segment.file_range();
+            (start..start + size).contains(&offset.0)
+        })
+        .unwrap();
+    offset.0 - segment.file_range().0 + segment.address()
+}
+
+/// One function's instructions.
+fn decode(file: &object::File<'_>, start: u64, size: u64) -> Vec<Instruction> {
+    let segment = file
+        .segments()
+        .find(|segment| (segment.address()..segment.address() + segment.size()).contains(&start))
+        .unwrap();
+    let from = (start - segment.address()) as usize;
+    let code = &segment.data().unwrap()[from..from + size as usize];
+    Decoder::with_ip(64, code, start, DecoderOptions::NONE)
+        .into_iter()
+        .collect()
+}
+
+fn is_emulated(instruction: &Instruction) -> bool {
+    match instruction.flow_control() {
+        FlowControl::Call | FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => {
+            true
+        }
+        _ => instruction.mnemonic() == Mnemonic::Push && instruction.op0_kind() == OpKind::Register,
+    }
+}
+
+/// The probe places of a Go 1.26 binary with symbols.
+pub(crate) fn plan(binary: &Path) -> Plan {
+    let data = std::fs::read(binary).unwrap();
+    let file = object::File::parse(&*data).unwrap();
+    let functions = functions(&file);
+    let find = |name: &str| {
+        let (start, (size, _)) = functions.iter().find(|(_, (_, n))| n == name)?;
+        Some((*start, decode(&file, *start, *size)))
+    };
+    let mut places = Vec::new();
+    let mut place = |address, role, depth| {
+        places.push(Place {
+            offset: offset(&file, address),
+            role,
+            depth,
+        });
+    };
+    let (runqput, _) = find("runtime.runqput").unwrap();
+    let (gopark, _) = find("runtime.gopark").unwrap();
+
+    let (_, newproc) = find("runtime.newproc.func1").unwrap();
+    let spawn = newproc
+        .iter()
+        .find(|i| i.is_call_near() && i.near_branch_target() == runqput)
+        .unwrap();
+    place(spawn.ip(), Role::Spawn, 0);
+
+    // Behind the stack check, at `push rbp`.
+    let (_, goexit0) = find("runtime.goexit0").unwrap();
+    let exit = goexit0
+        .iter()
+        .find(|i| i.mnemonic() == Mnemonic::Push)
+        .unwrap();
+    place(exit.ip(), Role::Exit, 0);
+
+    for name in PARKING {
+        let Some((_, code)) = find(name) else {
+            continue;
+        };
+        for (index, call) in code.iter().enumerate() {
+            if !call.is_call_near() || call.near_branch_target() != gopark {
+                continue;
+            }
+            let resume = code[index + 1..]
+                .iter()
+                .find(|instruction| is_emulated(instruction))
+                .unwrap();
+            let gap = call.next_ip()..=resume.ip();
+            assert!(
+                !code
+                    .iter()
+                    .any(|i| gap.contains(&i.near_branch_target()) && !i.is_call_near()),
+                "a branch into the gap of {name}"
+            );
+            place(call.ip(), Role::Park, 2);
+            place(resume.ip(), Role::Resume, 0);
+        }
+    }
+    Plan {
+        target: TargetLayout {
+            goid: 152,
+            gopc: 288,
+            startpc: 304,
+            waitreason: 176,
+            sched_bp: 96,
+            reasons: !0,
+        },
+        places,
+    }
+}

@@ -1,0 +1,39 @@
+//! `cargo xtask setup`, and the build of leakmon that the other tasks share.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::bpf;
+use crate::command::Run;
+use crate::go::Go;
+use crate::progress::{note, step};
+use crate::workspace;
+
+/// Installs what is missing; gives the Go that builds the fixtures.
+pub(crate) fn run() -> Result<Go> {
+    step("Rust for the kernel side", bpf::ensure)?;
+    step("Go for the fixtures", || {
+        let go = Go::ensure()?;
+        note(format!("go {} at {}", go.version(), go.program().display()));
+        Ok(go)
+    })
+}
+
+/// Builds leakmon in release and gives the program's path.
+pub(crate) fn build_leakmon() -> Result<PathBuf> {
+    step("leakmon", || {
+        cargo()
+            .args(["build", "--release", "--package", "leakmon"])
+            .run()
+    })?;
+    Ok(workspace::target().join("release/leakmon"))
+}
+
+/// cargo in this checkout, free of what the cargo that started xtask set for xtask.
+pub(crate) fn cargo() -> Run {
+    Run::new("cargo")
+        .dir(workspace::root())
+        .env_remove("CARGO_MANIFEST_DIR")
+        .env_remove("CARGO_MANIFEST_PATH")
+}

@@ -1,0 +1,46 @@
+//! `cargo xtask test`: everything that has to hold before a change lands.
+
+use std::time::Instant;
+
+use anyhow::Result;
+
+use crate::fixtures;
+use crate::privilege;
+use crate::progress::{self, step};
+use crate::real;
+use crate::setup;
+
+/// Sets up, builds and tests.
+pub(crate) fn run() -> Result<()> {
+    let start = Instant::now();
+    step("permissions", privilege::require_bpf)?;
+    let go = setup::run()?;
+    step("format", || {
+        setup::cargo().args(["fmt", "--all", "--check"]).run()
+    })?;
+    let built = fixtures::build(&go, &fixtures::Options::default())?;
+    fixtures::require_all(&built)?;
+    let programs = step("real programs", real::ensure)?;
+    setup::build_leakmon()?;
+    step("lints", || {
+        setup::cargo()
+            .args([
+                "clippy",
+                "--release",
+                "--all-targets",
+                "--",
+                "-D",
+                "warnings",
+            ])
+            .run()
+    })?;
+    step("tests", || {
+        setup::cargo()
+            .args(["test", "--release"])
+            .env("LEAKMON_FIXTURES", &built.folder)
+            .env("LEAKMON_REAL", &programs)
+            .run()
+    })?;
+    println!("==> all passed in {}", progress::seconds(start.elapsed()));
+    Ok(())
+}
