@@ -575,3 +575,6 @@ fn calls(code: &Code, target: Vaddr) -> impl Iterator<Item = usize> {
         .filter(move |(_, instruction)| instruction.kind == Kind::Call(target))
         .map(|(index, _)| index)
 }
+
+#[cfg(test)]
+mod tests;
