@@ -42,10 +42,11 @@ pub struct SiteKey {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Target {
-    /// When the present window was opened, CLOCK_MONOTONIC nanoseconds. 0: it is
-    /// closed, hits are counted and otherwise ignored. Parks recorded before it
-    /// are stale.
-    pub window_start: u64,
+    /// Since when spawns and exits are counted, CLOCK_MONOTONIC nanoseconds. 0:
+    /// they are not; their hits are counted and otherwise ignored.
+    pub lifecycle_since: u64,
+    /// The same for parks and resumes. Parks recorded before it are stale.
+    pub blocking_since: u64,
     /// Wait reasons (bit `n` for reason `n`) that the universal park counts.
     pub reasons: u64,
     /// Must equal the cookie's, so that a link of an earlier user of this index
@@ -319,7 +320,7 @@ mod tests {
     #[test]
     fn types_have_no_padding() {
         assert_eq!(size_of::<SiteKey>(), 2 * 8);
-        assert_eq!(size_of::<Target>(), 2 * 8 + 2 * 4 + 4 * 2);
+        assert_eq!(size_of::<Target>(), 3 * 8 + 2 * 4 + 4 * 2);
         assert_eq!(size_of::<TargetSite>(), 3 * 8);
         assert_eq!(size_of::<SiteCount>(), 2 * 8);
         assert_eq!(size_of::<WaitKey>(), 2 * 4 + 2 * 8 + WAIT_FRAMES * 8);
@@ -330,7 +331,7 @@ mod tests {
 
     #[test]
     fn parked_keys_of_two_targets_differ() {
-        let g = 0xc000_0001_a0;
+        let g = 0xc0_0000_01a0;
         assert_ne!(parked_key(0, g), parked_key(1, g));
         assert_eq!(parked_key(3, g) >> 48, 3);
         assert_eq!(parked_key(3, g) & 0xffff_ffff_ffff, g);

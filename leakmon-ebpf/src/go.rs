@@ -206,7 +206,11 @@ impl Hit<'_> {
         let counters = COUNTERS.get_ptr_mut(index)?;
         // SAFETY: the map's value.
         unsafe { add(&raw mut (*counters).hits[ROLE], 1) };
-        (target.window_start != 0).then_some(Self {
+        let since = match ROLE {
+            role::SPAWN | role::SPAWN_RETURNED | role::EXIT => target.lifecycle_since,
+            _ => target.blocking_since,
+        };
+        (since != 0).then_some(Self {
             cookie,
             target,
             counters,
@@ -297,7 +301,7 @@ fn park(ctx: &ProbeContext, hit: &Hit<'_>, g: u64, reason: u8, frame: u64) {
             // writes its entry; entries are removed after the last program of
             // their target.
             let parked = unsafe { &mut *parked };
-            if parked.since >= hit.target.window_start {
+            if parked.since >= hit.target.blocking_since {
                 hit.dropped(Dropped::LostResume);
             }
             if parked.goid != goid || parked.reason != reason || parked.pcs != pcs {
@@ -413,7 +417,7 @@ fn resume<const ROLE: usize>(ctx: &ProbeContext, g: u64) -> u32 {
     let parked = unsafe { &mut *parked };
     let since = parked.since;
     parked.since = 0;
-    if since < hit.target.window_start {
+    if since < hit.target.blocking_since {
         hit.dropped(Dropped::UnmatchedResume);
         return 0;
     }

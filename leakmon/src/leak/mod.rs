@@ -15,7 +15,7 @@
 //! Idle workers wait in `chan receive` and `select` and idle connections in
 //! `IO wait`, for ever and by the thousand, so the first two are a leak only
 //! while they grow and the last never is. What "grows" and "moves" mean is
-//! defined on [`Series`].
+//! defined in `series.rs`.
 
 mod series;
 

@@ -123,6 +123,19 @@ fn a_pool_that_fills_loses_the_mark() {
 }
 
 #[test]
+fn a_growth_that_stops_is_forgotten_soon() {
+    let verdicts = run("chan receive", &stays((0..60u64).map(|i| i.min(20) * 5)));
+    assert_eq!(kinds(&verdicts)[21], Some(VerdictKind::Growing));
+    assert!(kinds(&verdicts[27..]).iter().all(Option::is_none));
+}
+
+#[test]
+fn the_first_census_is_no_start_from_nothing() {
+    let verdicts = run("chan send", &stays([50, 60, 61]));
+    assert_eq!(kinds(&verdicts)[2], Some(VerdictKind::Stuck));
+}
+
+#[test]
 fn an_idle_pool_is_no_leak() {
     for reason in [
         "chan receive",

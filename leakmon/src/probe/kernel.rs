@@ -225,7 +225,8 @@ impl Kernel {
             .ok_or(Error::TooManyTargets)?;
         state.epoch = state.epoch.wrapping_add(1);
         let target = Target {
-            window_start: 0,
+            lifecycle_since: 0,
+            blocking_since: 0,
             reasons: plan.target.reasons,
             epoch: state.epoch,
             goid: plan.target.goid,
@@ -688,28 +689,13 @@ impl Attached {
             return Ok(());
         }
         let mut state = lock(&self.shared);
-        // No wait is being followed: whatever is in the map is stale.
-        let blocking = tier == Tier::Blocking && self.tier == Tier::Lifecycle;
-        if blocking {
-            self.target.window_start = monotonic();
-            state.set_target(self.index, self.target)?;
-        }
         let cookie = Cookie {
             target: self.index,
             depth: 0,
             epoch: self.target.epoch,
         };
         let mut added = Vec::new();
-        // The ends of waits first, so that none that is seen to begin is missed.
-        for role in [
-            Role::Resume,
-            Role::Ready,
-            Role::Exit,
-            Role::Spawn,
-            Role::SpawnReturned,
-            Role::Park,
-            Role::ParkUniversal,
-        ] {
+        for role in Role::ALL {
             let places: Vec<&Place> = self
                 .plan
                 .places
@@ -730,34 +716,32 @@ impl Attached {
             }
         }
         self.links.append(&mut added);
-        if !blocking {
-            // Everything is attached: count from here on, all roles at once.
-            self.target.window_start = monotonic();
-            state.set_target(self.index, self.target)?;
+        // All of it is attached: count from here on, all roles of a tier at once.
+        let now = monotonic();
+        if self.tier < Tier::Lifecycle {
+            self.target.lifecycle_since = now;
+        }
+        if tier == Tier::Blocking {
+            self.target.blocking_since = now;
         }
         self.tier = tier;
-        Ok(())
+        state.set_target(self.index, self.target)
     }
 
     fn step_down(&mut self, tier: Tier) -> Result<(), Error> {
+        // All roles of a tier stop counting at once.
+        self.target.blocking_since = 0;
         if tier == Tier::Census {
-            // All roles stop counting at once.
-            self.target.window_start = 0;
-            lock(&self.shared).set_target(self.index, self.target)?;
+            self.target.lifecycle_since = 0;
         }
+        let closed = lock(&self.shared).set_target(self.index, self.target);
         let (gone, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut self.links)
             .into_iter()
             .partition(|(role, _)| role.tier() > tier);
         self.links = kept;
         self.tier = tier;
-        // The beginnings of waits first, so that every end of one is seen.
-        let (begins, ends): (Vec<_>, Vec<_>) = gone
-            .into_iter()
-            .partition(|(role, _)| matches!(role, Role::Park | Role::ParkUniversal));
-        for links in [begins, ends] {
-            detach(links.into_iter().map(|(_, links)| links).collect());
-        }
-        Ok(())
+        detach(gone.into_iter().map(|(_, links)| links).collect());
+        closed
     }
 
     /// Detaches everything; what was counted can still be read.

@@ -136,6 +136,12 @@ impl Identity {
         })
     }
 
+    /// Whether the process runs another file now than when it was opened.
+    pub fn was_replaced(&self) -> bool {
+        std::fs::read_link(format!("/proc/{}/exe", self.pid))
+            .is_ok_and(|path| path != self.executable)
+    }
+
     /// CPU time that the process has used, in nanoseconds, user and system,
     /// ended threads included; `None` when it is gone.
     pub fn cpu_time_ns(&self) -> Option<u64> {

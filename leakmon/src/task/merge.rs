@@ -394,6 +394,22 @@ mod tests {
     }
 
     #[test]
+    fn the_sample_is_the_oldest() {
+        let mut census = sample::Census::new();
+        let site = sample::site("main.serve", 14, "main.serve.func1");
+        for (id, seconds) in [(7, 5), (8, 90), (9, 60)] {
+            let place = "main.serve.func1";
+            census.group(&site, "chan send", place, 17, 2, 0).sample = id;
+            census.aged(seconds);
+        }
+        let sites = merge(&census.done(), None);
+        let wait = &sites[0].waits[0];
+        assert_eq!((wait.count, wait.sample), (6, Some(8)));
+        assert_eq!(wait.oldest, Some(Duration::from_secs(90)));
+        assert_eq!(sites[0].oldest, wait.oldest);
+    }
+
+    #[test]
     fn difference_is_what_the_probes_do_not_explain() {
         let site = sample::site("main.main", 9, "main.work");
         let mut base = sample::Census::new();

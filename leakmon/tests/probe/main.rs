@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use leakmon::probe::{Counts, Kernel, Role, Tier, Way};
+use leakmon::probe::{Counts, Driver, Governor, Kernel, Role, Tier, Way, calibrate};
 use leakmon::task::SiteFlow;
 use target::Target;
 
@@ -258,4 +258,119 @@ fn a_killed_leakmon_leaves_nothing() {
     }
     target.run("churn 1000");
     target.run("ping 1000");
+}
+
+#[test]
+fn a_hit_costs_little_more_than_an_empty_probe() {
+    for way in WAYS {
+        let kernel = Kernel::load_for(way).unwrap();
+        let start = Instant::now();
+        let cost = calibrate(&kernel).unwrap();
+        println!("{way:?}: {cost:.0?}, measured in {:?}", start.elapsed());
+        for ns in [cost.lifecycle_ns, cost.blocking_ns] {
+            // 1.3 is wanted; the limit leaves room for a noisy machine.
+            assert!(ns < 1.6 * cost.empty_ns, "{way:?}: {cost:?}");
+        }
+    }
+}
+
+#[test]
+fn the_calibrated_cost_is_that_of_a_real_program() {
+    let (kernel, cost) = leakmon::probe::load().unwrap();
+    let mut target = Target::start();
+    for (command, tier, ns) in [
+        ("churn 100000", Tier::Lifecycle, cost.lifecycle_ns),
+        ("ping 50000", Tier::Blocking, cost.blocking_ns),
+    ] {
+        target.run(command);
+        let cpu = target.cpu();
+        target.run(command);
+        let bare = target.cpu() - cpu;
+        let empty = kernel
+            .attach_empty(
+                target.pid(),
+                &target.plan().places(tier).copied().collect::<Vec<_>>(),
+            )
+            .unwrap();
+        let cpu = target.cpu();
+        target.run(command);
+        let with_empty = target.cpu() - cpu;
+        drop(empty);
+        let attached = kernel.attach(target.pid(), &target.plan(), tier).unwrap();
+        let cpu = target.cpu();
+        target.run(command);
+        let probed = target.cpu() - cpu;
+        let hits = attached.hits().unwrap().total() as f64;
+        let per_hit = |with: Duration| (with.as_nanos() as f64 - bare.as_nanos() as f64) / hits;
+        println!(
+            "{command}: {hits} hits, {bare:?} bare, {with_empty:?} with empty probes ({:.0} ns a hit), \
+             {probed:?} probed ({:.0} ns a hit, {ns:.0} ns calibrated)",
+            per_hit(with_empty),
+            per_hit(probed),
+        );
+    }
+}
+
+/// Runs a command of the target over and over while the governor ticks, and
+/// says how often.
+fn govern(target: &mut Target, driver: &mut Driver, command: &str, time: Duration) -> u32 {
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        let load = scope.spawn(|| repeat(target, command, start + time));
+        while !load.is_finished() {
+            let after = driver.tick().unwrap();
+            std::thread::sleep(after);
+        }
+        load.join().unwrap()
+    })
+}
+
+fn repeat(target: &mut Target, command: &str, until: Instant) -> u32 {
+    let mut count = 0;
+    while Instant::now() < until {
+        target.run(command);
+        count += 1;
+    }
+    count
+}
+
+#[test]
+fn the_governor_keeps_a_busy_target_within_its_budget() {
+    let (kernel, cost) = leakmon::probe::load().unwrap();
+    let mut target = Target::start();
+    let governor = Governor::governed(cost, 5.0, Tier::Blocking);
+    let mut driver = Driver::new(&kernel, target.pid(), &target.plan(), governor).unwrap();
+    let command = "ping 10000";
+    let time = Duration::from_secs(3);
+    repeat(&mut target, command, Instant::now() + time / 3);
+    let bare = repeat(&mut target, command, Instant::now() + time);
+    govern(&mut target, &mut driver, command, time / 3);
+    driver.take_interval();
+    let governed = govern(&mut target, &mut driver, command, time);
+    let interval = driver.take_interval();
+    println!(
+        "busy: {} {interval:?}, {:.1} % of the throughput kept",
+        driver.tier().name(),
+        100.0 * f64::from(governed) / f64::from(bare)
+    );
+    assert!(interval.overhead.percent < 7.0, "{interval:?}");
+    assert!(interval.overhead.attached < 0.5, "{interval:?}");
+}
+
+#[test]
+fn the_governor_leaves_a_calm_target_attached() {
+    let (kernel, cost) = leakmon::probe::load().unwrap();
+    let mut target = Target::start();
+    let governor = Governor::governed(cost, 5.0, Tier::Blocking);
+    let mut driver = Driver::new(&kernel, target.pid(), &target.plan(), governor).unwrap();
+    driver.tick().unwrap();
+    let time = Duration::from_secs(2);
+    govern(&mut target, &mut driver, "slow 20 5", time);
+    let interval = driver.take_interval();
+    println!("calm: {} {interval:?}", driver.tier().name());
+    assert_eq!(interval.blocking, 1.0);
+    let counts = driver.read().unwrap();
+    let flow = flow(&counts);
+    assert_eq!(flow.spawned, flow.exited);
+    assert!(losses(&counts).is_empty());
 }

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
 use leakmon::binary::addr::FileOffset;
@@ -87,17 +88,27 @@ impl Target {
     }
 
     /// Runs a command of the program to its end and says how long it took.
-    pub(crate) fn run(&mut self, command: &str) -> std::time::Duration {
+    pub(crate) fn run(&mut self, command: &str) -> Duration {
         writeln!(self.input, "{command}").unwrap();
         let line = self.line();
         let nanos = line.strip_prefix("done ").unwrap();
-        std::time::Duration::from_nanos(nanos.parse().unwrap())
+        Duration::from_nanos(nanos.parse().unwrap())
     }
 
     fn line(&mut self) -> String {
         let mut line = String::new();
         self.output.read_line(&mut line).unwrap();
         line.trim().to_owned()
+    }
+
+    /// CPU time used so far, with the scheduler's own resolution.
+    pub(crate) fn cpu(&self) -> Duration {
+        let mut sum = 0;
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap() {
+            let stat = std::fs::read_to_string(task.unwrap().path().join("schedstat")).unwrap();
+            sum += stat.split(' ').next().unwrap().parse::<u64>().unwrap();
+        }
+        Duration::from_nanos(sum)
     }
 
     /// The function that holds an address.

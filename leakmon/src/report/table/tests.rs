@@ -213,6 +213,54 @@ fn a_refused_process() {
     assert_eq!(render(&refused(), &Options::default()), snapshot(expected));
 }
 
+/// The head of a report, without the rows that do not matter.
+fn head_rows(report: &Report, labels: &[&str]) -> Vec<String> {
+    let text = render(report, &Options::default());
+    text.lines()
+        .take_while(|line| !line.is_empty())
+        .filter(|line| labels.iter().any(|label| line.starts_with(label)))
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn what_is_sampled_lost_or_contradictory_is_said() {
+    let mut report = leaking();
+    let tasks = report.tasks.as_mut().unwrap();
+    let flow = tasks.flow.as_mut().unwrap();
+    flow.overhead.attached = 0.25;
+    flow.dropped.insert("site map full", 1200);
+    flow.reconciliation = Some(Reconciliation {
+        difference: -12,
+        uncertainty: 3,
+    });
+    tasks.tier_reason = TierReason::SteppedDown;
+    assert_eq!(
+        head_rows(&report, &["tier", "  ", "flow", "census", "dropped"]),
+        [
+            "tier        blocking  costs the target 0.8% of its CPU (allowed: 5.0%)",
+            "            sampled: attached 25% of the time",
+            "            stepped down to stay within the budget",
+            "flow        about 41.2/s spawned  about 40.6/s ended  (5,286 and 5,191 counted)",
+            "census      and probes DISAGREE by -12 (±3)",
+            "dropped     1,200 hits: site map full",
+        ]
+    );
+}
+
+#[test]
+fn without_probes_it_costs_nothing() {
+    let mut report = leaking();
+    let tasks = report.tasks.as_mut().unwrap();
+    tasks.flow = None;
+    tasks.tier = Tier::Census;
+    tasks.tier_reason = TierReason::Unavailable("CAP_BPF is missing".to_owned());
+    assert_eq!(
+        head_rows(&report, &["tier", "  ", "flow", "census"]),
+        ["tier        census  costs the target nothing  no higher tier: CAP_BPF is missing",]
+    );
+}
+
 #[test]
 fn nothing_is_wider_than_the_terminal() {
     let mut report = leaking();

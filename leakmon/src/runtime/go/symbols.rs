@@ -119,26 +119,28 @@ impl Symbols {
         Some(self.frame(&program, &position, addr, addr).frame)
     }
 
-    /// The go statement that returns to `addr`, as `runtime.printcreatedby1`
+    /// The go statement that returns to `addr`, as `runtime.printcreatedby`
     /// shows it: the enclosing function that is not inlined, with the line.
+    /// `None` for what the runtime itself started: the main goroutine.
     fn creator(&mut self, addr: u64) -> Option<Frame> {
-        self.resolve(Pc::after_call(RuntimeAddr(addr)))
-            .last()
-            .map(|outer| outer.frame.clone())
-            .and_then(|mut frame| {
-                let program = Arc::clone(&self.program);
-                let offset = program.text_offset(self.bias.vaddr(RuntimeAddr(addr)))?;
-                let function = program.table.function(offset)?;
-                let mut call = offset;
-                if call > function.entry {
-                    call.0 -= program.elf.arch.pc_quantum();
-                }
-                let (file, line) = program.table.file_line(function, call);
-                frame.file = self.string(file);
-                frame.line = line;
-                frame.inlined = false;
-                Some(frame)
-            })
+        let program = Arc::clone(&self.program);
+        let offset = program.text_offset(self.bias.vaddr(RuntimeAddr(addr)))?;
+        let function = program.table.function(offset)?;
+        let mut call = offset;
+        if call > function.entry {
+            call.0 -= program.elf.arch.pc_quantum();
+        }
+        let (file, line) = program.table.file_line(function, call);
+        let position = Position {
+            function: program.table.name(function)?,
+            file,
+            line,
+            inlined: false,
+            func_id: program.table.func_id(function)?,
+        };
+        let entry = self.bias.runtime(program.vaddr(function.entry)).0;
+        let frame = self.frame(&program, &position, addr, entry).frame;
+        (!frame.hidden).then_some(frame)
     }
 
     fn resolve(&mut self, pc: Pc) -> Arc<[Resolved]> {

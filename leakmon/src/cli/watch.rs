@@ -1,0 +1,533 @@
+//! `leakmon --pid N`: watches processes and reports every interval.
+//!
+//! Each process has a thread that takes the censuses, and one that governs its
+//! probes ([`Driver`]). Reports meet on the main thread, which prints them and
+//! waits for signals.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime};
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::leak::History;
+use crate::probe::{self, Counts, Driver, Error, Governor, Kernel, Tier};
+use crate::process::identity::Process;
+use crate::process::memory::{MemoryError, ProcessMemory};
+use crate::report::{self, Observation, Probed, Report, TierReason, When, json, table};
+use crate::runtime::go::census::Census;
+use crate::runtime::go::probes::{self, Probes};
+use crate::runtime::go::{self, program::Refusal};
+use crate::task::{Checkpoint, Flow, SiteFlow, rates, reconcile};
+
+use super::{Colour, Exit, Failure, Format, TierArg, WatchArgs, exit_of};
+
+/// The kernel side, loaded once for all processes while the first census is
+/// taken.
+type KernelSlot = Arc<OnceLock<Result<(Kernel, probe::Cost), Error>>>;
+
+impl TierArg {
+    fn tier(self) -> Tier {
+        match self {
+            TierArg::Census => Tier::Census,
+            TierArg::Lifecycle => Tier::Lifecycle,
+            TierArg::Blocking => Tier::Blocking,
+        }
+    }
+}
+
+/// What a watcher tells the main thread.
+enum Event {
+    Report(Box<Report>),
+    /// The watch of a process is over.
+    Over(u32, Result<Exit, Failure>),
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// [`Failure`] when none of the processes can be watched, or not any more.
+pub fn run(args: WatchArgs) -> Result<Exit, Failure> {
+    let mut args = args;
+    args.pids.sort_unstable();
+    args.pids.dedup();
+    let processes =
+        args.pids.iter().map(|pid| Process::open(*pid)).collect::<Result<Vec<_>, _>>()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure { message: error.to_string(), exit: Exit::Failure })?;
+    runtime.block_on(watch(args, processes))
+}
+
+async fn watch(args: WatchArgs, processes: Vec<Process>) -> Result<Exit, Failure> {
+    let failed = |error: io::Error| Failure { message: error.to_string(), exit: Exit::Failure };
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let kernel = KernelSlot::default();
+    if !args.once && args.tier != Some(TierArg::Census) {
+        let kernel = Arc::clone(&kernel);
+        std::thread::spawn(move || kernel.set(probe::load()));
+    }
+    let (events, mut reports) = tokio::sync::mpsc::unbounded_channel();
+    let mut stops = Vec::new();
+    let mut watchers = Vec::new();
+    for process in processes {
+        let (stop, stopped) = mpsc::channel::<()>();
+        stops.push(stop);
+        let watcher = Watcher {
+            args: args.clone(),
+            kernel: Arc::clone(&kernel),
+            events: events.clone(),
+            stopped,
+            started: Instant::now(),
+            history: History::new(),
+            process,
+        };
+        watchers.push(std::thread::spawn(move || watcher.run()));
+    }
+    drop(events);
+    let mut screen = Screen::new(&args);
+    let mut outcome = Ok(Exit::Success);
+    loop {
+        let event = tokio::select! {
+            event = reports.recv() => event,
+            _ = interrupt.recv() => None,
+            _ = terminate.recv() => None,
+        };
+        match event {
+            Some(Event::Report(report)) => match screen.show(*report) {
+                Ok(()) => {}
+                // The reader has seen enough.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => break,
+                Err(error) => {
+                    outcome = Err(Failure::output(&error));
+                    break;
+                }
+            },
+            Some(Event::Over(pid, over)) => {
+                screen.forget(pid);
+                match over {
+                    Ok(exit) => outcome = outcome.map(|so_far| so_far.max(exit)),
+                    Err(failure) if args.pids.len() == 1 => outcome = Err(failure),
+                    Err(failure) => {
+                        screen.note(&failure.message);
+                        outcome = outcome.map(|so_far| so_far.max(failure.exit));
+                    }
+                }
+            }
+            None => break,
+        }
+    }
+    // Watchers wait on these: dropping them ends each, and detaches its probes.
+    drop(stops);
+    for watcher in watchers {
+        // A panic of it was printed where it happened.
+        let _ = watcher.join();
+    }
+    screen.finish();
+    outcome
+}
+
+/// The thread that watches one process.
+struct Watcher {
+    args: WatchArgs,
+    kernel: KernelSlot,
+    events: UnboundedSender<Event>,
+    /// Its other end is dropped when the watch is to end.
+    stopped: mpsc::Receiver<()>,
+    started: Instant,
+    history: History,
+    process: Process,
+}
+
+/// What the probes of one process need between two intervals.
+struct Probing {
+    driver: Driver,
+    highest: Tier,
+    unavailable: Option<String>,
+    /// A census since which spawns and exits were counted without a break.
+    base: Option<(Checkpoint, u64)>,
+    before: Flow,
+}
+
+/// Why a process has no probes, or its probes.
+enum Attachment {
+    /// Not tried yet.
+    Pending,
+    /// It stays at the census, for this reason.
+    None(TierReason),
+    Probing(Box<Probing>),
+}
+
+impl Watcher {
+    fn run(mut self) {
+        let over = self.watch();
+        // Nobody listens any more when the main thread is ending.
+        let _ = self.events.send(Event::Over(self.process.identity.pid, over));
+    }
+
+    fn watch(&mut self) -> Result<Exit, Failure> {
+        match go::open(&self.process) {
+            Ok(census) => self.watch_goroutines(census),
+            Err(refusal @ Refusal::Memory(_)) => Err(self.failure(&refusal)),
+            Err(refusal) => self.watch_threads(&refusal),
+        }
+    }
+
+    fn watch_goroutines(&mut self, mut census: Census<ProcessMemory>) -> Result<Exit, Failure> {
+        let runtime = report::Runtime {
+            name: "go",
+            tasks: "goroutines",
+            version: census.program().version.text.clone(),
+        };
+        let mut attachment = match self.args.tier {
+            Some(TierArg::Census) => Attachment::None(TierReason::Fixed),
+            _ if self.args.once => Attachment::None(TierReason::Fixed),
+            _ => Attachment::Pending,
+        };
+        for n in 0.. {
+            let observed = self.observe(n, &runtime, &mut census, &mut attachment);
+            let report = match observed {
+                Ok(report) => report,
+                Err(refusal @ Refusal::Memory(_)) => return Err(self.failure(&refusal)),
+                Err(refusal) => {
+                    drop(attachment);
+                    return self.watch_threads(&refusal);
+                }
+            };
+            self.send(report);
+            if matches!(attachment, Attachment::Pending) {
+                attachment = self.attach(&census)?;
+            }
+            if self.wait(n) {
+                break;
+            }
+        }
+        Ok(Exit::Success)
+    }
+
+    /// One interval's report.
+    fn observe(
+        &mut self,
+        n: u32,
+        runtime: &report::Runtime,
+        census: &mut Census<ProcessMemory>,
+        attachment: &mut Attachment,
+    ) -> Result<Report, Refusal> {
+        let when = self.when(n);
+        let Attachment::Probing(probing) = attachment else {
+            let population = census.population()?;
+            let pending = TierReason::Governed;
+            let tier_reason = match attachment {
+                Attachment::None(reason) => reason,
+                _ => &pending,
+            };
+            let observation = Observation {
+                runtime,
+                tier: Tier::Census,
+                tier_reason,
+                population: &population,
+                probed: None,
+            };
+            return Ok(self.report(when, observation));
+        };
+        let before_status = probing.driver.status();
+        let before = probing.driver.counts();
+        let population = census.population()?;
+        let after = probing.driver.counts();
+        let status = probing.driver.status();
+        let interval = probing.driver.take_interval();
+        let failed = match (&before, &after) {
+            (Ok(_), Ok(_)) => status.failed.clone(),
+            (Err(error), _) | (_, Err(error)) => Some(error.to_string()),
+        };
+        let (before, after) = (before.unwrap_or_default(), after.unwrap_or_default());
+        if let Some(error) = failed {
+            let reason = TierReason::Unavailable(error);
+            let observation = Observation {
+                runtime,
+                tier: Tier::Census,
+                tier_reason: &reason,
+                population: &population,
+                probed: None,
+            };
+            let report = self.report(when, observation);
+            *attachment = Attachment::None(reason);
+            return Ok(report);
+        }
+        let unbroken = before_status.attached >= Tier::Lifecycle
+            && status.attached >= Tier::Lifecycle
+            && before_status.gaps == status.gaps;
+        let checkpoint = Checkpoint::new(&population, totals(&before), totals(&after));
+        let reconciliation = match &probing.base {
+            Some((base, gaps)) if unbroken && *gaps == status.gaps => {
+                Some(reconcile(base, &checkpoint))
+            }
+            _ => {
+                probing.base = unbroken.then_some((checkpoint, status.gaps));
+                None
+            }
+        };
+        let flow = probes::flow(census, &after);
+        let attached = self.args.interval.mul_f64(interval.lifecycle.clamp(0.0, 1.0));
+        let probed = Probed {
+            flow: &flow,
+            rates: rates(&probing.before, &flow, attached),
+            reconciliation,
+            overhead: interval.overhead,
+        };
+        let tier_reason = match (&probing.unavailable, self.args.tier) {
+            _ if status.tier < probing.highest => TierReason::SteppedDown,
+            (_, Some(_)) => TierReason::Fixed,
+            (Some(why), None) => TierReason::Unavailable(why.clone()),
+            (None, None) => TierReason::Governed,
+        };
+        let observation = Observation {
+            runtime,
+            tier: status.tier,
+            tier_reason: &tier_reason,
+            population: &population,
+            probed: (status.tier > Tier::Census || interval.lifecycle > 0.0).then_some(probed),
+        };
+        let report = self.report(when, observation);
+        probing.before = flow;
+        Ok(report)
+    }
+
+    fn report(&mut self, when: When, observation: Observation<'_>) -> Report {
+        let threads = self.process.identity.threads().unwrap_or(0);
+        Report::new(when, self.about(), threads, observation, &mut self.history)
+    }
+
+    /// Attaches what the command line asks for.
+    fn attach(&self, census: &Census<ProcessMemory>) -> Result<Attachment, Failure> {
+        let fixed = self.args.tier.map(TierArg::tier);
+        let unavailable = |exit: Exit, message: String| match fixed {
+            // Somebody who asks for a tier gets it or an error.
+            Some(_) => Err(Failure {
+                message: format!("{}: {message}", self.process.identity.describe()),
+                exit,
+            }),
+            None => Ok(Attachment::None(TierReason::Unavailable(message))),
+        };
+        let probes = match Probes::find(census.program()) {
+            Ok(probes) => probes,
+            Err(refusal) => return unavailable(Exit::Refused, refusal.to_string()),
+        };
+        let highest = fixed.unwrap_or(Tier::Blocking).min(probes.highest_tier());
+        if let (Some(Tier::Blocking), Some(why)) = (fixed, &probes.blocking_refused) {
+            return unavailable(Exit::Refused, why.clone());
+        }
+        let (kernel, cost) = match self.kernel.wait() {
+            Ok(loaded) => loaded,
+            Err(error) => return unavailable(exit_of_probe(error), error.to_string()),
+        };
+        let pid = self.process.identity.pid;
+        let attached = match kernel.attach(pid, &probes.plan, Tier::Census) {
+            Ok(attached) => attached,
+            Err(error) => return unavailable(exit_of_probe(&error), error.to_string()),
+        };
+        let governor = match fixed {
+            Some(tier) => Governor::fixed(*cost, tier),
+            None => Governor::governed(*cost, self.args.max_overhead, highest),
+        };
+        Ok(Attachment::Probing(Box::new(Probing {
+            driver: Driver::start(attached, governor, pid),
+            highest,
+            unavailable: probes.blocking_refused,
+            base: None,
+            before: Flow::default(),
+        })))
+    }
+
+    /// Reports threads alone, of a process whose goroutines cannot be read.
+    fn watch_threads(&mut self, refusal: &Refusal) -> Result<Exit, Failure> {
+        let reason = format!("{refusal}; threads are still counted");
+        for n in 0.. {
+            let threads = match self.process.identity.threads() {
+                Some(threads) if self.process.identity.is_alive() => threads,
+                _ => return Err(self.failure(&Refusal::Memory(MemoryError::Gone))),
+            };
+            if self.process.identity.was_replaced() {
+                return Err(self.failure(&Refusal::Memory(MemoryError::Replaced)));
+            }
+            self.send(Report::refused(self.when(n), self.about(), threads, reason.clone()));
+            if self.wait(n) {
+                break;
+            }
+        }
+        Ok(Exit::Refused)
+    }
+
+    fn send(&self, report: Report) {
+        // Nobody listens any more when the main thread is ending.
+        let _ = self.events.send(Event::Report(Box::new(report)));
+    }
+
+    /// Waits for interval `n + 1`; whether the watch is over instead.
+    fn wait(&self, n: u32) -> bool {
+        let next = self.args.interval.saturating_mul(n.saturating_add(1));
+        if self.args.once || self.args.duration.is_some_and(|duration| next > duration) {
+            return true;
+        }
+        let left = next.saturating_sub(self.started.elapsed());
+        !matches!(self.stopped.recv_timeout(left), Err(RecvTimeoutError::Timeout))
+    }
+
+    fn when(&self, n: u32) -> When {
+        When {
+            at: SystemTime::now(),
+            elapsed: self.started.elapsed(),
+            interval: if n == 0 { Duration::ZERO } else { self.args.interval },
+        }
+    }
+
+    fn about(&self) -> report::Process {
+        let identity = &self.process.identity;
+        report::Process {
+            pid: identity.pid,
+            start_time: identity.start_time,
+            executable: identity.executable.clone(),
+            command: identity.command_line.clone(),
+        }
+    }
+
+    fn failure(&self, refusal: &Refusal) -> Failure {
+        let watched = humantime::format_duration(Duration::from_secs(
+            self.started.elapsed().as_secs(),
+        ));
+        let more = match refusal {
+            Refusal::Memory(MemoryError::Gone) => format!(" (watched for {watched})"),
+            Refusal::Memory(MemoryError::Replaced) => {
+                format!(" (watched for {watched}); start leakmon again to watch the new one")
+            }
+            _ => String::new(),
+        };
+        Failure {
+            message: format!("{}: {refusal}{more}", self.process.identity.describe()),
+            exit: exit_of(refusal),
+        }
+    }
+}
+
+fn totals(counts: &Counts) -> SiteFlow {
+    counts.sites.iter().fold(SiteFlow::default(), |sum, (_, site)| SiteFlow {
+        spawned: sum.spawned + site.spawned,
+        exited: sum.exited + site.exited,
+    })
+}
+
+fn exit_of_probe(error: &Error) -> Exit {
+    match error {
+        Error::Permission { .. } => Exit::NotPermitted,
+        _ => Exit::Failure,
+    }
+}
+
+/// Where reports are printed.
+struct Screen {
+    format: Format,
+    options: table::Options,
+    /// Redrawn in place, on the terminal's second screen.
+    live: bool,
+    entered: bool,
+    latest: BTreeMap<u32, Report>,
+    /// What ended, shown under the table and again at the end.
+    notes: Vec<String>,
+}
+
+impl Screen {
+    fn new(args: &WatchArgs) -> Screen {
+        let terminal = io::stdout().is_terminal();
+        let colour = match args.color {
+            Colour::Always => true,
+            Colour::Never => false,
+            Colour::Auto => terminal && std::env::var_os("NO_COLOR").is_none(),
+        };
+        Screen {
+            format: args.format,
+            options: table::Options { colour, top: args.top, ..table::Options::default() },
+            live: terminal && args.format == Format::Table && !args.once,
+            entered: false,
+            latest: BTreeMap::new(),
+            notes: Vec::new(),
+        }
+    }
+
+    fn show(&mut self, report: Report) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        match self.format {
+            Format::Json => json::write(&report, Some(self.options.top), &mut out)?,
+            Format::Table if self.live => {
+                self.latest.insert(report.process.pid, report);
+                return self.redraw();
+            }
+            Format::Table => writeln!(out, "{}", table::render(&report, &self.options))?,
+        }
+        out.flush()
+    }
+
+    fn redraw(&mut self) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        let size = terminal_size::terminal_size();
+        let (width, height) = size.map_or((80, usize::MAX), |(w, h)| (w.0.into(), h.0.into()));
+        self.options.width = width;
+        let text: String =
+            self.latest.values().map(|report| table::render(report, &self.options) + "\n").collect();
+        let mut frame = String::new();
+        if !self.entered {
+            // The second screen, without a cursor.
+            frame.push_str("\x1b[?1049h\x1b[?25l");
+            self.entered = true;
+        }
+        frame.push_str("\x1b[H");
+        let lines: Vec<&str> = text.lines().chain(self.notes.iter().map(String::as_str)).collect();
+        let shown = if lines.len() > height { height.saturating_sub(1) } else { lines.len() };
+        for (i, line) in lines[..shown].iter().enumerate() {
+            let end = if i + 1 == height { "" } else { "\r\n" };
+            let _ = write!(frame, "{line}\x1b[K{end}");
+        }
+        if shown < lines.len() {
+            let _ = write!(frame, "… {} more lines\x1b[K", lines.len() - shown);
+        }
+        frame.push_str("\x1b[J");
+        out.write_all(frame.as_bytes())?;
+        out.flush()
+    }
+
+    /// The process is no longer watched.
+    fn forget(&mut self, pid: u32) {
+        if self.latest.len() > 1 {
+            self.latest.remove(&pid);
+        }
+    }
+
+    fn note(&mut self, message: &str) {
+        if self.live {
+            self.notes.push(format!("leakmon: {message}"));
+        } else {
+            eprintln!("leakmon: {message}");
+        }
+    }
+
+    /// Leaves the second screen; the last reports stay to be read.
+    fn finish(&mut self) {
+        if !self.entered {
+            return;
+        }
+        let mut out = io::stdout().lock();
+        let _ = write!(out, "\x1b[?25h\x1b[?1049l");
+        for report in self.latest.values() {
+            let _ = writeln!(out, "{}", table::render(report, &self.options));
+        }
+        for note in &self.notes {
+            let _ = writeln!(out, "{note}");
+        }
+        let _ = out.flush();
+    }
+}

@@ -1,0 +1,377 @@
+//! What a probe hit costs on this machine, measured on leakmon's own process.
+//!
+//! Loops in assembly hold a made-up goroutine in the registers in which Go
+//! would hold a real one and pass two places. The programs that leakmon
+//! attaches to a target are attached to these, and run the same path.
+//!
+//! It also proves that probes of a process fire in all of its threads, which
+//! uprobe_multi links of kernel 6.6 to 6.9 did not do: the loops run in a thread
+//! that is not the process's first.
+
+use std::arch::global_asm;
+use std::time::{Duration, Instant};
+
+use super::error::Error;
+use super::kernel::{Attached, Kernel, Way};
+use super::plan::{Place, Plan, Role, TargetLayout, Tier};
+use crate::binary::addr::FileOffset;
+
+/// Defines the function `$name(g, frame, rounds)`: it passes `$begin` and
+/// `$end`, both instructions that the kernel emulates, `rounds` times.
+macro_rules! calibration_loop {
+    ($name:ident, $begin:ident, $end:ident) => {
+        global_asm!(
+            concat!(".pushsection .text.", stringify!($name), ", \"ax\", @progbits"),
+            ".p2align 4",
+            concat!(".globl ", stringify!($name)),
+            concat!(".globl ", stringify!($begin)),
+            concat!(".globl ", stringify!($end)),
+            concat!(".hidden ", stringify!($name)),
+            concat!(".hidden ", stringify!($begin)),
+            concat!(".hidden ", stringify!($end)),
+            concat!(".type ", stringify!($name), ", @function"),
+            concat!(stringify!($name), ":"),
+            prologue!(),
+            "2:",
+            concat!(stringify!($begin), ":"),
+            emulated!("3"),
+            concat!(stringify!($end), ":"),
+            emulated!("4"),
+            epilogue!("2b"),
+            concat!(".size ", stringify!($name), ", . - ", stringify!($name)),
+            ".popsection",
+            reason = const REASON,
+        );
+
+        unsafe extern "C" {
+            fn $name(g: *const u64, frame: *const u64, rounds: u64);
+            static $begin: u8;
+            static $end: u8;
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+macro_rules! prologue {
+    () => {
+        // rax: spawn (returned), exit, ready; rbx: spawn; r14: park, resume;
+        // rbp: the park's stack; ecx: its reason.
+        "push rbp
+         push rbx
+         push r14
+         mov rax, rdi
+         mov rbx, rdi
+         mov r14, rdi
+         mov rbp, rsi
+         mov ecx, {reason}"
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+macro_rules! emulated {
+    ($label:literal) => {
+        "push rbp
+         pop rbp"
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+macro_rules! epilogue {
+    ($back:literal) => {
+        concat!(
+            "dec rdx
+             jnz ",
+            $back,
+            "
+             pop r14
+             pop rbx
+             pop rbp
+             ret"
+        )
+    };
+}
+
+#[cfg(target_arch = "aarch64")]
+macro_rules! prologue {
+    () => {
+        // x0: spawn (returned), exit, ready; x1: spawn; x28: park, resume; x29:
+        // the park's stack; x2: its reason.
+        "stp x29, x30, [sp, #-32]!
+         str x28, [sp, #16]
+         mov x28, x0
+         mov x29, x1
+         mov x3, x2
+         mov x1, x0
+         mov x2, #{reason}"
+    };
+}
+
+#[cfg(target_arch = "aarch64")]
+macro_rules! emulated {
+    ($label:literal) => {
+        concat!("b ", $label, "f\n", $label, ":")
+    };
+}
+
+#[cfg(target_arch = "aarch64")]
+macro_rules! epilogue {
+    ($back:literal) => {
+        concat!(
+            "subs x3, x3, #1
+             b.ne ",
+            $back,
+            "
+             ldr x28, [sp, #16]
+             ldp x29, x30, [sp], #32
+             ret"
+        )
+    };
+}
+
+calibration_loop!(
+    leakmon_calibrate_empty,
+    leakmon_calibrate_empty_begin,
+    leakmon_calibrate_empty_end
+);
+calibration_loop!(
+    leakmon_calibrate_lifecycle,
+    leakmon_calibrate_lifecycle_begin,
+    leakmon_calibrate_lifecycle_end
+);
+calibration_loop!(
+    leakmon_calibrate_blocking,
+    leakmon_calibrate_blocking_begin,
+    leakmon_calibrate_blocking_end
+);
+
+/// One of the loops.
+#[derive(Clone, Copy)]
+struct Loop {
+    run: unsafe extern "C" fn(*const u64, *const u64, u64),
+    /// Addresses of its two places.
+    begin: u64,
+    end: u64,
+}
+
+/// The three loops: detaching takes longer than a measurement, so that each has
+/// places of its own and all are detached at once.
+fn loops() -> [Loop; 3] {
+    [
+        Loop {
+            run: leakmon_calibrate_empty,
+            begin: &raw const leakmon_calibrate_empty_begin as u64,
+            end: &raw const leakmon_calibrate_empty_end as u64,
+        },
+        Loop {
+            run: leakmon_calibrate_lifecycle,
+            begin: &raw const leakmon_calibrate_lifecycle_begin as u64,
+            end: &raw const leakmon_calibrate_lifecycle_end as u64,
+        },
+        Loop {
+            run: leakmon_calibrate_blocking,
+            begin: &raw const leakmon_calibrate_blocking_begin as u64,
+            end: &raw const leakmon_calibrate_blocking_end as u64,
+        },
+    ]
+}
+
+/// Any wait reason.
+const REASON: u8 = 15;
+
+/// Rounds of a measurement, two hits each.
+const ROUNDS: u64 = 250;
+
+/// Measurements, of which the median counts.
+const MEASUREMENTS: usize = 9;
+
+/// Where the made-up goroutine has its fields.
+const LAYOUT: TargetLayout = TargetLayout {
+    goid: 152,
+    gopc: 288,
+    startpc: 304,
+    waitreason: 176,
+    sched_bp: 96,
+    reasons: !0,
+};
+
+/// Words of the made-up goroutine.
+const G_WORDS: usize = 64;
+
+/// What a hit costs a target on this machine, in nanoseconds of its CPU time.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cost {
+    /// A hit of the programs of the tier `lifecycle`.
+    pub lifecycle_ns: f64,
+    /// A hit of the programs that the tier `blocking` adds.
+    pub blocking_ns: f64,
+    /// A hit of a program that does nothing.
+    pub empty_ns: f64,
+}
+
+/// Loads the kernel side in the best way that is proven to work here, and says
+/// what its hits cost.
+///
+/// # Errors
+///
+/// Those of [`Kernel::load`] and [`calibrate`].
+pub fn load() -> Result<(Kernel, Cost), Error> {
+    let kernel = Kernel::load()?;
+    let measured = match calibrate(&kernel) {
+        Err(error) if kernel.way() == Way::Multi => {
+            log::info!("uprobe_multi links are not used: {error}");
+            drop(kernel);
+            let kernel = Kernel::load_for(Way::PerfEvent)?;
+            let cost = calibrate(&kernel)?;
+            return Ok((kernel, cost));
+        }
+        measured => measured?,
+    };
+    Ok((kernel, measured))
+}
+
+/// Measures what hits cost, in about 20 ms of CPU time. It attaches to leakmon's
+/// own process.
+///
+/// # Errors
+///
+/// [`Error::NotFiring`] when the probes do not count exactly what they should.
+pub fn calibrate(kernel: &Kernel) -> Result<Cost, Error> {
+    std::thread::scope(|scope| {
+        scope
+            .spawn(|| measure(kernel))
+            .join()
+            .unwrap_or_else(|_| Err(Error::NotFiring("the calibration panicked".to_owned())))
+    })
+}
+
+fn measure(kernel: &Kernel) -> Result<Cost, Error> {
+    let [empty, lifecycle, blocking] = loops();
+    let bare = per_hit(empty);
+    let plan = |loops: Loop, begin, end| {
+        let place = |address, role| {
+            Ok::<_, Error>(Place {
+                offset: own_offset(address)?,
+                role,
+                depth: 2,
+            })
+        };
+        Ok::<_, Error>(Plan {
+            target: LAYOUT,
+            places: vec![place(loops.begin, begin)?, place(loops.end, end)?],
+        })
+    };
+    let pid = std::process::id();
+    let nothing = plan(empty, Role::Spawn, Role::Exit)?;
+    let nothing = kernel.attach_empty(pid, &nothing.places)?;
+    let sites = plan(lifecycle, Role::Spawn, Role::Exit)?;
+    let sites = kernel.attach(pid, &sites, Tier::Lifecycle)?;
+    let waits = plan(blocking, Role::Park, Role::Resume)?;
+    let waits = kernel.attach(pid, &waits, Tier::Blocking)?;
+
+    let cost = Cost {
+        lifecycle_ns: (per_hit(lifecycle) - bare).max(1.0),
+        blocking_ns: (per_hit(blocking) - bare).max(1.0),
+        empty_ns: (per_hit(empty) - bare).max(1.0),
+    };
+    let verified = verify(&sites).and_then(|()| verify(&waits));
+    // The kernel takes its time; nobody needs to wait for it.
+    std::thread::spawn(move || drop((nothing, sites, waits)));
+    verified.map(|()| cost)
+}
+
+/// The counts must be what [`per_hit`] did.
+fn verify(attached: &Attached) -> Result<(), Error> {
+    let counts = attached.read()?;
+    // One measurement more, to warm up.
+    let rounds = ROUNDS * (MEASUREMENTS as u64 + 1);
+    let sites_agree = counts
+        .sites
+        .iter()
+        .all(|(_, flow)| flow.spawned == rounds && flow.exited == rounds);
+    let waits_agree = counts
+        .waits
+        .iter()
+        .all(|wait| wait.parks == rounds && wait.resumes == rounds);
+    let one = counts.sites.len() + counts.waits.len() == 1;
+    if counts.hits.total() == 2 * rounds && sites_agree && waits_agree && one {
+        return Ok(());
+    }
+    Err(Error::NotFiring(format!(
+        "{} hits where {} were due in leakmon's own process",
+        counts.hits.total(),
+        2 * rounds
+    )))
+}
+
+/// Nanoseconds of a pass over one place: the median of some measurements.
+fn per_hit(loops: Loop) -> f64 {
+    let mut g = [0u64; G_WORDS];
+    g[usize::from(LAYOUT.goid) / 8] = 1;
+    g[usize::from(LAYOUT.gopc) / 8] = 0x1000;
+    g[usize::from(LAYOUT.startpc) / 8] = 0x2000;
+    // Two frames, the outer one without a caller: {frame pointer, return address}.
+    let mut frames = [[0u64; 2]; 2];
+    frames[0] = [frames[1].as_ptr() as u64, 0x3000];
+    frames[1] = [0, 0x4000];
+    let round = || {
+        let start = Instant::now();
+        // SAFETY: the loop keeps the callee-saved registers and writes nothing
+        // but its stack; the pointers are only passed on in registers.
+        unsafe { (loops.run)(g.as_ptr(), frames[0].as_ptr(), ROUNDS) };
+        start.elapsed()
+    };
+    round();
+    let mut times: [Duration; MEASUREMENTS] = std::array::from_fn(|_| round());
+    times.sort_unstable();
+    times[MEASUREMENTS / 2].as_nanos() as f64 / (2 * ROUNDS) as f64
+}
+
+/// Where an address of leakmon's code lies in its executable.
+fn own_offset(address: u64) -> Result<FileOffset, Error> {
+    let path = "/proc/self/maps";
+    let file = |source| Error::File {
+        path: path.to_owned(),
+        source,
+    };
+    let maps = std::fs::read_to_string(path).map_err(file)?;
+    offset_in(&maps, address)
+        .ok_or_else(|| file(std::io::Error::other("leakmon's own code is not there")))
+}
+
+/// The offset in its file of a mapped address, by the text of /proc/PID/maps.
+fn offset_in(maps: &str, address: u64) -> Option<FileOffset> {
+    maps.lines().find_map(|line| {
+        let mut fields = line.split_ascii_whitespace();
+        let (start, end) = fields.next()?.split_once('-')?;
+        let start = u64::from_str_radix(start, 16).ok()?;
+        let end = u64::from_str_radix(end, 16).ok()?;
+        let offset = u64::from_str_radix(fields.nth(1)?, 16).ok()?;
+        (start..end)
+            .contains(&address)
+            .then(|| offset.checked_add(address - start).map(FileOffset))?
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_found_in_maps() {
+        let maps = "55d0c8a00000-55d0c8a10000 r--p 00000000 fd:00 1 /usr/bin/leakmon\n\
+                    55d0c8a10000-55d0c8b00000 r-xp 0000f000 fd:00 1 /usr/bin/leakmon\n\
+                    junk\n\
+                    7ffd0000-x r-xp\n";
+        assert_eq!(offset_in(maps, 0x55d0_c8a1_0010), Some(FileOffset(0xf010)));
+        assert_eq!(offset_in(maps, 0x55d0_c8a0_0000), Some(FileOffset(0)));
+        assert_eq!(offset_in(maps, 0x55d0_c8b0_0000), None);
+        assert_eq!(offset_in("", 0), None);
+    }
+
+    #[test]
+    fn the_loops_run_without_probes() {
+        for each in loops() {
+            assert!(per_hit(each) >= 0.0);
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Carries out what the governor decides, on a thread of its own: a window of
+//! 20 ms must not wait for a census that takes a second.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::budget::{Governor, Interval, Reading, cpu_time};
+use super::counts::Counts;
+use super::error::Error;
+use super::kernel::Attached;
+use super::plan::Tier;
+
+/// A process whose probes are governed until this is dropped.
+pub struct Driver {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    /// Signalled to end the thread.
+    wake: Condvar,
+}
+
+struct State {
+    attached: Attached,
+    governor: Governor,
+    /// Why nothing is attached any more.
+    failed: Option<String>,
+    /// Times that a probe was detached: figures across it are samples.
+    gaps: u64,
+    stop: bool,
+}
+
+/// What is attached, as the governor sees it.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// The tier in force.
+    pub tier: Tier,
+    /// What is attached at this moment; less than `tier` while the budget is
+    /// saved up.
+    pub attached: Tier,
+    /// Why the probes are gone, if they are.
+    pub failed: Option<String>,
+    /// Grows with every detaching: between two equal values the spawns and
+    /// exits were counted without a break.
+    pub gaps: u64,
+}
+
+impl Driver {
+    /// Governs what is attached to process `pid`.
+    pub fn start(attached: Attached, governor: Governor, pid: u32) -> Driver {
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State { attached, governor, failed: None, gaps: 0, stop: false }),
+            wake: Condvar::new(),
+        });
+        let thread = std::thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || shared.govern(pid)
+        });
+        Driver { shared, thread: Some(thread) }
+    }
+
+    /// Everything that was counted since the process was first attached.
+    ///
+    /// # Errors
+    /// [`Error::Map`].
+    pub fn counts(&self) -> Result<Counts, Error> {
+        self.shared.lock().attached.read()
+    }
+
+    /// What happened since the last call.
+    pub fn take_interval(&self) -> Interval {
+        self.shared.lock().governor.take_interval()
+    }
+
+    /// What is attached.
+    pub fn status(&self) -> Status {
+        let state = self.shared.lock();
+        Status {
+            tier: state.governor.tier(),
+            attached: state.attached.tier(),
+            failed: state.failed.clone(), gaps: state.gaps }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.wake.notify_all();
+        if let Some(thread) = self.thread.take() {
+            // A panic of it was printed where it happened.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No change of the state is left half done by a panic.
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn govern(&self, pid: u32) {
+        let started = Instant::now();
+        let mut state = self.lock();
+        while !state.stop {
+            let after = match state.tick(pid, started.elapsed()) {
+                Ok(after) => after,
+                Err(error) => {
+                    state.failed = Some(error);
+                    // What is left is detached when the driver is dropped.
+                    break;
+                }
+            };
+            state = self
+                .wake
+                .wait_timeout(state, after)
+                .map_or_else(|poisoned| poisoned.into_inner().0, |(state, _)| state);
+        }
+    }
+}
+
+impl State {
+    /// Reads, decides and attaches; the time to the next tick.
+    fn tick(&mut self, pid: u32, now: Duration) -> Result<Duration, String> {
+        let hits = self.attached.hits().map_err(|error| error.to_string())?;
+        let cpu = cpu_time(pid).map_err(|error| format!("its CPU time: {error}"))?;
+        let step = self.governor.tick(Reading { now, hits, cpu });
+        let before = self.attached.tier();
+        if step.tier != before {
+            self.attached.set_tier(step.tier).map_err(|error| error.to_string())?;
+            if step.tier < Tier::Lifecycle {
+                self.gaps += 1;
+            }
+        }
+        Ok(step.after)
+    }
+}
