@@ -18,7 +18,7 @@ pub mod x86_64;
 
 /// Functions beyond this many bytes are not decoded to their end. The largest
 /// function of Go's runtime that matters here has under 10 KiB.
-pub const MAX_CODE: usize = 256 << 10;
+pub const MAX_CODE: usize = 64 << 10;
 
 pub use super::elf::Arch as Architecture;
 
@@ -272,6 +272,34 @@ impl Code {
     /// A jump of the function with a fixed target goes to `addr`.
     pub fn is_target(&self, addr: Vaddr) -> bool {
         self.targets.binary_search(&addr).is_ok()
+    }
+
+    /// For each instruction, whether it may be executed on a path that starts at
+    /// one of the indices `from` and goes on beyond none of which `ends` is true.
+    ///
+    /// Computed jumps are not followed.
+    pub fn reachable(
+        &self,
+        from: impl IntoIterator<Item = usize>,
+        ends: impl Fn(usize) -> bool,
+    ) -> Vec<bool> {
+        let mut seen = vec![false; self.instructions.len()];
+        let mut next: Vec<usize> = from.into_iter().collect();
+        while let Some(index) = next.pop() {
+            let Some(instruction) = self.instructions.get(index) else {
+                continue;
+            };
+            if std::mem::replace(&mut seen[index], true) || ends(index) {
+                continue;
+            }
+            if instruction.kind.goes_on() {
+                next.push(index + 1);
+            }
+            if let Kind::Jump(target) | Kind::CondJump(target) = instruction.kind {
+                next.extend(self.index_of(target));
+            }
+        }
+        seen
     }
 
     /// Index of the instruction that starts at `addr`; `None` within or

@@ -77,12 +77,15 @@ fn kind(decoded: &Decoded) -> Kind {
 /// operand-size prefix a branch is refused, and longer `nop`s are emulated by
 /// recent kernels only.
 fn emulated(bytes: &[u8]) -> bool {
-    match bytes {
-        [0xe8 | 0xe9, _, _, _, _] | [0x0f, 0x80..=0x8f, _, _, _, _] => true,
-        [0xeb | 0x70..=0x7f | 0xe0..=0xe3, _] => true,
-        [0x90] | [0x50..=0x57] | [0x41, 0x50..=0x57] => true,
-        _ => false,
-    }
+    matches!(
+        bytes,
+        [0xe8 | 0xe9, _, _, _, _]
+            | [0x0f, 0x80..=0x8f, _, _, _, _]
+            | [0xeb | 0x70..=0x7f | 0xe0..=0xe3, _]
+            | [0x90]
+            | [0x50..=0x57]
+            | [0x41, 0x50..=0x57]
+    )
 }
 
 /// Number of the general-purpose register that `name` is a part of.
@@ -175,7 +178,7 @@ fn assigns(decoded: &Decoded) -> Option<Assignment> {
             from: to,
             addend: decoded.immediate8to64(),
         }),
-        Opcode::Add_rm64_imm32 => Some(Assignment::Sum {
+        Opcode::Add_rm64_imm32 | Opcode::Add_RAX_imm32 => Some(Assignment::Sum {
             to,
             from: to,
             addend: decoded.immediate32to64(),

@@ -4,7 +4,8 @@
 //! |---|---|---|
 //! | spawn | `CALL runqput` in `newproc.func1` | BX / R1: the new `g`; R14 / R28: `g0` |
 //! | spawn (returned) | behind `CALL newproc1` in `newproc.func1`, where `runqput` is inlined, and in `newcoro.func1` | AX / R0: the new `g` |
-//! | exit | `gdestroy` (from Go 1.22) or `goexit0`, behind the stack check | AX / R0: the `g` |
+//! | the same | `CALL casgstatus` from dead in `newproc.func1`, where `newproc1` is inlined | AX / R0: the new `g` |
+//! | exit | `gdestroy` (from Go 1.22) or `goexit0`, at or behind the stack check | AX / R0: the `g` |
 //! | park | every `CALL gopark` in the functions that block on channels and sync | R14 / R28: the `g`; CX / R2: the reason |
 //! | resume | behind that call | R14 / R28: the `g` |
 //! | park (universal) | `park_m` behind its stack check | AX / R0: the `g` |
@@ -19,7 +20,7 @@
 
 pub use crate::probe::Role;
 
-use super::variables::{Convention, Functions, Refused, decode};
+use super::variables::{Additions, Convention, Functions, Refused, decode};
 use crate::binary::addr::Vaddr;
 use crate::binary::disasm::values::{Value, walk};
 use crate::binary::disasm::{Architecture, Code, Instruction, Kind, Register};
@@ -129,6 +130,23 @@ const WAITS: &[Waits] = &[
     waits("internal/poll.runtime_Semacquire", 3, false),
 ];
 
+/// The functions that wake goroutines which wait on channels and sync: the body
+/// of `goready`, under the names of those that it is inlined into (up to Go
+/// 1.20 `.func1`, later `.goready.func1`).
+const WAKES: &[&str] = &[
+    "runtime.goready.func1",
+    "runtime.send.func1",
+    "runtime.recv.func1",
+    "runtime.closechan.func1",
+    "runtime.readyWithTime.func1",
+    "runtime.goroutineReady.func1",
+    "runtime.send.goready.func1",
+    "runtime.recv.goready.func1",
+    "runtime.closechan.goready.func1",
+    "runtime.readyWithTime.goready.func1",
+    "runtime.goroutineReady.goready.func1",
+];
+
 /// The wait's stack at `park_m`, from the waiting goroutine's saved frame
 /// pointer: `gopark`'s caller comes first.
 const UNIVERSAL_DEPTH: u8 = 4;
@@ -159,10 +177,25 @@ impl<F: Functions> Finder<'_, F> {
         };
         let park = self.behind_stack_check("runtime.park_m", Role::ParkUniversal, UNIVERSAL_DEPTH);
         let ready = self.behind_stack_check("runtime.ready", Role::Ready, 0);
+        let places = vec![park?, ready?];
+        self.ready_is_whole()?;
         Ok(Blocking {
-            places: vec![park?, ready?],
+            places,
             universal: Some(refused),
         })
+    }
+
+    /// Every function that wakes a goroutine by `ready` calls it.
+    fn ready_is_whole(&self) -> Result<(), Refused> {
+        let ready = self.entry("runtime.ready")?;
+        for name in WAKES {
+            if self.functions.entry(name).is_some()
+                && calls(&self.decode(name)?, ready).next().is_none()
+            {
+                return Err(Refused::new(name, "ready is inlined into it"));
+            }
+        }
+        Ok(())
     }
 
     /// Entry of a function that must be there.
@@ -180,29 +213,107 @@ impl<F: Functions> Finder<'_, F> {
         const NAME: &str = "runtime.newproc.func1";
         let code = self.decode(NAME)?;
         let newproc1 = self.entry("runtime.newproc1")?;
+        let place = |vaddr, role| Found {
+            vaddr,
+            role,
+            depth: 0,
+            function: NAME,
+        };
+        if calls(&code, newproc1).next().is_none() {
+            return self
+                .made_runnable(&code)
+                .map(|vaddr| place(vaddr, Role::SpawnReturned))
+                .map_err(|why| Refused::new(NAME, format!("newproc1 is inlined into it: {why}")));
+        }
         let made = self.only_call(&code, NAME, newproc1, "newproc1")?;
         if let Some(runqput) = self.functions.entry("runtime.runqput")
             && let Some(queued) = self.queued(&code, made, newproc1, runqput)
         {
-            return Ok(Found {
-                vaddr: queued,
-                role: Role::Spawn,
-                depth: 0,
-                function: NAME,
-            });
+            return Ok(place(queued, Role::Spawn));
         }
         self.behind_call(&code, made, self.convention.arguments[0])
-            .map(|vaddr| Found {
-                vaddr,
-                role: Role::SpawnReturned,
-                depth: 0,
-                function: NAME,
-            })
+            .map(|vaddr| place(vaddr, Role::SpawnReturned))
             .map_err(|why| Refused::new(NAME, why))
     }
 
+    /// In a function that `newproc1` is inlined into, the call
+    /// `casgstatus(newg, _Gdead, ...)`, by which a new goroutine comes to life.
+    /// Everything but its id is set by then in every version; the id is when it
+    /// was taken before (from Go 1.24 on).
+    fn made_runnable(&self, code: &Code) -> Result<Vaddr, String> {
+        /// `_Gdead` in `runtime/runtime2.go`, Go 1.18 to 1.27.
+        const DEAD: u64 = 6;
+        let [first, second, _] = self.convention.arguments;
+        let casgstatus = self
+            .functions
+            .entry("runtime.casgstatus")
+            .ok_or("there is no casgstatus")?;
+        let mut revived = Vec::new();
+        let mut taken = Vec::new();
+        let mut unclear = false;
+        let additions = Additions::new(self.functions, self.convention);
+        walk(code, first, |instruction, values| {
+            if instruction.kind == Kind::Call(casgstatus) {
+                match values.get(second) {
+                    Value::Constant(DEAD) => revived.push(instruction.addr),
+                    Value::Constant(_) => {}
+                    _ => unclear = true,
+                }
+            }
+            if additions.takes_ids(instruction, values) {
+                taken.push(instruction.addr);
+            }
+        });
+        let &[place] = revived.as_slice() else {
+            return Err("it does not call casgstatus once to revive a g".to_owned());
+        };
+        if unclear {
+            return Err("a call of casgstatus is not understood".to_owned());
+        }
+        let index = code.index_of(place).ok_or("no instruction")?;
+        if !self.exactly_once(code, index) {
+            return Err("the call of casgstatus may be passed by or repeated".to_owned());
+        }
+        let behind = code.reachable([index + 1], |index| self.never_returns(code, index));
+        let late = |addr: &Vaddr| code.index_of(*addr).is_none_or(|index| behind[index]);
+        if taken.is_empty() || taken.iter().any(late) {
+            return Err("the goroutine has no id yet at the call of casgstatus".to_owned());
+        }
+        Ok(place)
+    }
+
+    /// The call at `index` ends the program.
+    fn never_returns(&self, code: &Code, index: usize) -> bool {
+        code.instructions()
+            .get(index)
+            .and_then(|instruction| match instruction.kind {
+                Kind::Call(callee) => self.functions.containing(callee),
+                _ => None,
+            })
+            .is_some_and(|(name, entry)| {
+                matches!(name, "runtime.throw" | "runtime.fatal")
+                    || name.starts_with("runtime.panic")
+                        && self.functions.entry(name) == Some(entry)
+            })
+    }
+
+    /// The instruction at `index` is executed once, no more and no less, in
+    /// every run of the function that returns.
+    fn exactly_once(&self, code: &Code, index: usize) -> bool {
+        let passed_by = code.reachable([0], |at| at == index || self.never_returns(code, at));
+        let returns = code
+            .instructions()
+            .iter()
+            .zip(&passed_by)
+            .any(|(instruction, &reached)| reached && instruction.kind == Kind::Ret);
+        let behind = code.reachable([index + 1], |at| self.never_returns(code, at));
+        !returns && passed_by.get(index) == Some(&true) && behind.get(index) == Some(&false)
+    }
+
     /// The call of `runqput` on the only way from the call of `newproc1` at
-    /// `made`, with what that returned as its second argument.
+    /// `made`. Its second argument is what that returned: either in its register
+    /// all the way, or (without optimisation) by way of the stack, where values
+    /// are not followed.
     fn queued(&self, code: &Code, made: usize, newproc1: Vaddr, runqput: Vaddr) -> Option<Vaddr> {
         let [first, second, _] = self.convention.arguments;
         let straight = code.instructions()[made..]
@@ -216,7 +327,12 @@ impl<F: Functions> Finder<'_, F> {
         let mut passed = false;
         walk(code, first, |instruction, values| {
             if instruction.addr == straight {
-                passed = instruction.emulated && values.get(second) == Value::Returned(newproc1, 0);
+                passed = instruction.emulated
+                    && match values.get(second) {
+                        Value::Returned(call, offset) => call == newproc1 && offset == 0,
+                        Value::Unknown => true,
+                        Value::Constant(_) | Value::Argument(..) => false,
+                    };
             }
         });
         passed.then_some(straight)
@@ -315,8 +431,14 @@ impl<F: Functions> Finder<'_, F> {
         Err("there is no emulated instruction")
     }
 
-    /// The first emulated instruction behind the stack check of a function
-    /// whose first argument is a `g`, with this argument still in its register.
+    /// The first emulated instruction behind the stack check of a function that
+    /// runs on a thread's own stack (`g0`), with its first argument, a `g`,
+    /// still in its register.
+    ///
+    /// Where there is none, the branch of the check itself: on this stack it is
+    /// never taken in a program that lives, for `morestack` on `g0` is fatal
+    /// (`badmorestackg0` in `runtime/stubs.go`, Go 1.18 to 1.27), so that the
+    /// function is never started anew.
     fn behind_stack_check(
         &self,
         function: &'static str,
@@ -324,13 +446,17 @@ impl<F: Functions> Finder<'_, F> {
         depth: u8,
     ) -> Result<Found, Refused> {
         let code = self.decode(function)?;
-        let check = self
-            .stack_check(&code)
-            .map_err(|why| Refused::new(function, why))?;
+        let refused = |why: &str| Refused::new(function, why);
+        let check = self.stack_check(&code).map_err(refused)?;
         let run = &code.instructions()[check.map_or(0, |index| index + 1)..];
-        let vaddr = self
-            .first_emulated(&code, run, self.convention.arguments[0])
-            .map_err(|why| Refused::new(function, format!("behind the stack check, {why}")))?;
+        let vaddr = match (
+            self.first_emulated(&code, run, self.convention.arguments[0]),
+            check.map(|index| &code.instructions()[index]),
+        ) {
+            (Ok(vaddr), _) => vaddr,
+            (Err(_), Some(branch)) if branch.emulated => branch.addr,
+            (Err(why), _) => return Err(refused(&format!("behind the stack check, {why}"))),
+        };
         Ok(Found {
             vaddr,
             role,
@@ -386,7 +512,6 @@ impl<F: Functions> Finder<'_, F> {
     fn call_sites(&self) -> Result<Vec<Found>, Refused> {
         let gopark = self.entry("runtime.gopark")?;
         let mcall = self.entry("runtime.mcall")?;
-        let throw = self.entry("runtime.throw")?;
         let mut places = Vec::new();
         for waits in WAITS {
             // The linker leaves out what is never called.
@@ -412,9 +537,7 @@ impl<F: Functions> Finder<'_, F> {
                 };
                 places.push(place(instruction.addr, Role::Park, waits.depth));
                 if waits.goes_on
-                    && let Some(vaddr) = self
-                        .resume(&code, call, throw)
-                        .map_err(|why| refused(&why))?
+                    && let Some(vaddr) = self.resume(&code, call).map_err(|why| refused(&why))?
                 {
                     places.push(place(vaddr, Role::Resume, 0));
                 }
@@ -429,13 +552,18 @@ impl<F: Functions> Finder<'_, F> {
     /// Where a goroutine goes on after the wait at index `call`; `None` if it
     /// never does: a wait on a nil channel, which the runtime follows with
     /// `throw("unreachable")`.
-    fn resume(&self, code: &Code, call: usize, throw: Vaddr) -> Result<Option<Vaddr>, String> {
-        let vaddr = self.behind_call(code, call, self.convention.g)?;
-        let thrown = code
-            .index_of(vaddr)
-            .and_then(|index| code.instructions().get(index))
-            .is_some_and(|instruction| instruction.kind == Kind::Call(throw));
-        Ok((!thrown).then_some(vaddr))
+    fn resume(&self, code: &Code, call: usize) -> Result<Option<Vaddr>, String> {
+        let behind = code.instructions().get(call + 1..).unwrap_or_default();
+        let leaves = behind
+            .iter()
+            .zip(call + 1..)
+            .find(|(instruction, _)| !matches!(instruction.kind, Kind::Other | Kind::Nop));
+        if let Some((_, index)) = leaves
+            && self.never_returns(code, index)
+        {
+            return Ok(None);
+        }
+        self.behind_call(code, call, self.convention.g).map(Some)
     }
 }
 
@@ -447,3 +575,6 @@ fn calls(code: &Code, target: Vaddr) -> impl Iterator<Item = usize> {
         .filter(move |(_, instruction)| instruction.kind == Kind::Call(target))
         .map(|(index, _)| index)
 }
+
+#[cfg(test)]
+mod tests;

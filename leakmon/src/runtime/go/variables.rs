@@ -19,8 +19,8 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use crate::binary::addr::Vaddr;
-use crate::binary::disasm::values::{Value, walk};
-use crate::binary::disasm::{Access, Addend, Architecture, Code, Register};
+use crate::binary::disasm::values::{Value, Values, walk};
+use crate::binary::disasm::{Access, Addend, Architecture, Code, Instruction, Kind, Register};
 
 /// The functions of a binary: what pclntab and the text segment say.
 pub trait Functions {
@@ -179,28 +179,25 @@ impl Allgadd {
         let mut loads = BTreeSet::new();
         let mut stores = BTreeSet::new();
         let mut atomic: Vec<u64> = Vec::new();
-        let mut atomicstatus = None;
+        let atomicstorep = functions.entry("runtime.atomicstorep");
         walk(&code, g, |instruction, values| {
+            if let (Kind::Call(callee), Value::Constant(addr)) = (instruction.kind, values.get(g))
+                && Some(callee) == atomicstorep
+            {
+                atomic.push(addr);
+            }
             let Some(memory) = instruction.memory else {
                 return;
             };
-            match values.place(&memory) {
-                Value::Constant(addr) => {
-                    let words =
-                        (0..u64::from(memory.width) / 8).map(|word| addr.wrapping_add(word * 8));
-                    match memory.access {
-                        Access::Load => loads.extend(words),
-                        Access::Store => stores.extend(words),
-                        Access::AtomicStore if memory.width == 8 => atomic.push(addr),
-                        _ => {}
-                    }
+            if let Value::Constant(addr) = values.place(&memory) {
+                let words =
+                    (0..u64::from(memory.width) / 8).map(|word| addr.wrapping_add(word * 8));
+                match memory.access {
+                    Access::Load => loads.extend(words),
+                    Access::Store => stores.extend(words),
+                    Access::AtomicStore if memory.width == 8 => atomic.push(addr),
+                    _ => {}
                 }
-                Value::Argument(register, offset)
-                    if register == g && memory.width == 4 && memory.access == Access::Load =>
-                {
-                    atomicstatus.get_or_insert(offset);
-                }
-                _ => {}
             }
         });
 
@@ -225,10 +222,13 @@ impl Allgadd {
         if !loads.contains(&allgptr) {
             return Err(refused("its first atomic store is not to allgptr"));
         }
-        let atomicstatus = atomicstatus
-            .and_then(|offset| u64::try_from(offset).ok())
-            .filter(|offset| (16..512).contains(offset) && offset % 4 == 0)
-            .ok_or_else(|| refused("it does not read its argument's status"))?;
+        let atomicstatus = match status_offset(&code, g) {
+            // `readgstatus` is not inlined in a program compiled without
+            // inlining.
+            None => status_offset(&decode(architecture, functions, "runtime.readgstatus")?, g),
+            found => found,
+        }
+        .ok_or_else(|| refused("it does not read its argument's status"))?;
         for addr in [allgs, allgptr, allglen] {
             if addr % 8 != 0 {
                 return Err(refused("a variable is not aligned"));
@@ -243,9 +243,102 @@ impl Allgadd {
     }
 }
 
+/// Offset of the status in the `g` that is a function's first argument: of the
+/// first 32 bits that it reads from there, itself or by a method of the field.
+fn status_offset(code: &Code, g: Register) -> Option<u64> {
+    let mut first = None;
+    walk(code, g, |instruction, values| {
+        let place = match (instruction.kind, instruction.memory) {
+            (Kind::Call(_), _) => values.get(g),
+            (_, Some(memory)) if memory.width == 4 && memory.access == Access::Load => {
+                values.place(&memory)
+            }
+            _ => return,
+        };
+        if let Value::Argument(register, offset @ 1..) = place
+            && register == g
+        {
+            first.get_or_insert(offset as u64);
+        }
+    });
+    first.filter(|offset| (16..512).contains(offset) && offset % 4 == 0)
+}
+
 /// Goroutine ids that a processor takes at once: `_GoidCacheBatch` in
 /// `runtime/proc.go`, Go 1.18 to 1.27.
 const GOID_BATCH: u64 = 16;
+
+/// An atomic addition of a constant to a variable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Addition {
+    /// Where the variable lies; `None` when that is not known.
+    addr: Option<u64>,
+    width: u8,
+    addend: u64,
+}
+
+/// Looks for atomic additions: by one instruction, or, in a program that is
+/// compiled without inlining, by a method of `atomic`'s types.
+pub(super) struct Additions {
+    convention: Convention,
+    methods: Vec<(Vaddr, u8)>,
+}
+
+impl Additions {
+    pub(super) fn new(functions: &impl Functions, convention: Convention) -> Self {
+        // The package was renamed in Go 1.23.
+        let methods = [
+            ("runtime/internal/atomic.(*Uint64).Add", 8),
+            ("internal/runtime/atomic.(*Uint64).Add", 8),
+            ("runtime/internal/atomic.(*Int32).Add", 4),
+            ("internal/runtime/atomic.(*Int32).Add", 4),
+        ]
+        .into_iter()
+        .filter_map(|(name, width)| Some((functions.entry(name)?, width)))
+        .collect();
+        Additions {
+            convention,
+            methods,
+        }
+    }
+
+    /// The addition that an instruction does.
+    fn of(&self, instruction: &Instruction, values: &Values) -> Option<Addition> {
+        let constant = |value| match value {
+            Value::Constant(constant) => Some(constant),
+            _ => None,
+        };
+        if let Kind::Call(callee) = instruction.kind {
+            let &(_, width) = self.methods.iter().find(|(entry, _)| *entry == callee)?;
+            let [addr, addend, _] = self
+                .convention
+                .arguments
+                .map(|register| values.get(register));
+            return Some(Addition {
+                addr: constant(addr),
+                width,
+                addend: constant(addend)?,
+            });
+        }
+        let memory = instruction.memory?;
+        let addend = match memory.access {
+            Access::AtomicAdd(Addend::Constant(constant)) => constant as u64,
+            Access::AtomicAdd(Addend::Register(register)) => constant(values.get(register))?,
+            _ => return None,
+        };
+        Some(Addition {
+            addr: constant(values.place(&memory)),
+            width: memory.width,
+            addend,
+        })
+    }
+
+    /// The instruction takes a batch of goroutine ids from `sched.goidgen`.
+    pub(super) fn takes_ids(&self, instruction: &Instruction, values: &Values) -> bool {
+        self.of(instruction, values)
+            .is_some_and(|addition| addition.width == 8 && addition.addend == GOID_BATCH)
+    }
+}
 
 /// `sched` and `sched.ngsys`.
 fn sched(
@@ -257,29 +350,28 @@ fn sched(
     let code = decode(architecture, functions, NAME)?;
     let mut ids = BTreeSet::new();
     let mut counters = BTreeSet::new();
-    walk(&code, convention.arguments[0], |instruction, values| {
-        let Some(memory) = instruction.memory else {
-            return;
-        };
-        let Access::AtomicAdd(addend) = memory.access else {
-            return;
-        };
-        let addend = match addend {
-            Addend::Constant(constant) => Value::Constant(constant as u64),
-            Addend::Register(register) => values.get(register),
-        };
-        if let (Value::Constant(addr), Value::Constant(addend)) = (values.place(&memory), addend) {
-            match (memory.width, addend) {
-                (8, GOID_BATCH) => {
-                    ids.insert(addr);
-                }
-                (4, 1) => {
-                    counters.insert(addr);
-                }
-                _ => {}
+    let additions = Additions::new(functions, convention);
+    walk(
+        &code,
+        convention.arguments[0],
+        |instruction, values| match additions.of(instruction, values) {
+            Some(Addition {
+                addr: Some(addr),
+                width: 8,
+                addend: GOID_BATCH,
+            }) => {
+                ids.insert(addr);
             }
-        }
-    });
+            Some(Addition {
+                addr: Some(addr),
+                width: 4,
+                addend: 1,
+            }) => {
+                counters.insert(addr);
+            }
+            _ => {}
+        },
+    );
     let single = |addrs: &BTreeSet<u64>, what: &str| {
         let mut addrs = addrs.iter();
         match (addrs.next(), addrs.next()) {
