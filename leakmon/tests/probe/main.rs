@@ -120,6 +120,34 @@ fn many_blocks_are_exact() {
 }
 
 #[test]
+fn the_universal_places_count_the_same() {
+    // Go 1.26's number of "chan receive".
+    const CHAN_RECEIVE: u8 = 19;
+    let mut target = Target::start();
+    let kernel = Kernel::load().unwrap();
+    let plan = target::universal_plan(&target::binary(), 1 << CHAN_RECEIVE);
+    let attached = kernel.attach(target.pid(), &plan, Tier::Blocking).unwrap();
+    target.run("slow 20 20");
+    target.run("churn 10000");
+    let counts = attached.read().unwrap();
+    let flow = flow(&counts);
+    assert_eq!((flow.spawned, flow.exited), (10_001, 10_001));
+    let slow: Vec<_> = counts
+        .waits
+        .iter()
+        .filter(|wait| {
+            wait.pcs
+                .iter()
+                .any(|&pc| target.function(pc) == "main.slow")
+        })
+        .collect();
+    assert_eq!(slow.len(), 1, "{counts:?}");
+    assert_eq!((slow[0].parks, slow[0].resumes), (20, 20));
+    assert!(counts.waits.iter().all(|wait| wait.reason == CHAN_RECEIVE));
+    assert!(losses(&counts).is_empty(), "{:?}", losses(&counts));
+}
+
+#[test]
 fn another_process_of_the_same_file_is_not_counted() {
     let mut target = Target::start();
     let mut other = Target::start();
