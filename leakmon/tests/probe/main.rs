@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use leakmon::probe::{Counts, Driver, Governor, Kernel, Role, Tier, Way, calibrate};
+use leakmon::probe::{Counts, Driver, Governor, Kernel, Limits, Role, Tier, Way, calibrate};
 use leakmon::task::SiteFlow;
 use target::Target;
 
@@ -117,6 +117,33 @@ fn many_blocks_are_exact() {
         assert_eq!(wait.durations.buckets.iter().sum::<u64>(), wait.resumes);
     }
     assert!(counts.waits.iter().map(|wait| wait.parks).sum::<u64>() > 50_000);
+}
+
+#[test]
+fn what_does_not_fit_is_counted_as_dropped() {
+    let mut target = Target::start();
+    let limits = Limits {
+        sites: 1,
+        goroutines: 4,
+        waits: 2,
+    };
+    let kernel = Kernel::load_with(Way::Multi, limits).unwrap();
+    let attached = kernel
+        .attach(target.pid(), &target.plan(), Tier::Blocking)
+        .unwrap();
+    target.run("leak 20");
+    target.run("churn 100");
+    target.run("slow 3 5");
+    let counts = attached.read().unwrap();
+    assert_eq!(counts.sites.len(), 1);
+    assert!(counts.waits.len() <= 2);
+    let losses = losses(&counts);
+    // 100 + 1 goroutines of the other sites come and go.
+    assert_eq!(losses["site map full"], 202);
+    assert!(
+        losses.contains_key("map of waiting goroutines full"),
+        "{losses:?}"
+    );
 }
 
 #[test]
