@@ -4,6 +4,7 @@ mod target;
 
 use std::collections::BTreeMap;
 use std::process::Command;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use leakmon::probe::{Counts, Driver, Governor, Kernel, Limits, Role, Tier, Way, calibrate};
@@ -119,8 +120,27 @@ fn many_blocks_are_exact() {
     assert!(counts.waits.iter().map(|wait| wait.parks).sum::<u64>() > 50_000);
 }
 
+/// Keeps what is logged.
+struct Log(Mutex<Vec<String>>);
+
+impl log::Log for Log {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        self.0.lock().unwrap().push(record.args().to_string());
+    }
+
+    fn flush(&self) {}
+}
+
+static LOG: Log = Log(Mutex::new(Vec::new()));
+
 #[test]
-fn what_does_not_fit_is_counted_as_dropped() {
+fn what_does_not_fit_is_counted_as_dropped_and_logged() {
+    log::set_logger(&LOG).unwrap();
+    log::set_max_level(log::LevelFilter::Warn);
     let mut target = Target::start();
     let limits = Limits {
         sites: 1,
