@@ -4,9 +4,10 @@ mod target;
 
 use std::collections::BTreeMap;
 use std::process::Command;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use leakmon::probe::{Counts, Driver, Governor, Kernel, Role, Tier, Way, calibrate};
+use leakmon::probe::{Counts, Driver, Governor, Kernel, Limits, Role, Tier, Way, calibrate};
 use leakmon::task::SiteFlow;
 use target::Target;
 
@@ -117,6 +118,80 @@ fn many_blocks_are_exact() {
         assert_eq!(wait.durations.buckets.iter().sum::<u64>(), wait.resumes);
     }
     assert!(counts.waits.iter().map(|wait| wait.parks).sum::<u64>() > 50_000);
+}
+
+/// Keeps what is logged.
+struct Log(Mutex<Vec<String>>);
+
+impl log::Log for Log {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        self.0.lock().unwrap().push(record.args().to_string());
+    }
+
+    fn flush(&self) {}
+}
+
+static LOG: Log = Log(Mutex::new(Vec::new()));
+
+#[test]
+fn what_does_not_fit_is_counted_as_dropped_and_logged() {
+    log::set_logger(&LOG).unwrap();
+    log::set_max_level(log::LevelFilter::Warn);
+    let mut target = Target::start();
+    let limits = Limits {
+        sites: 1,
+        goroutines: 4,
+        waits: 2,
+    };
+    let kernel = Kernel::load_with(Way::Multi, limits).unwrap();
+    let attached = kernel
+        .attach(target.pid(), &target.plan(), Tier::Blocking)
+        .unwrap();
+    target.run("leak 20");
+    target.run("churn 100");
+    target.run("slow 3 5");
+    let counts = attached.read().unwrap();
+    assert_eq!(counts.sites.len(), 1);
+    assert!(counts.waits.len() <= 2);
+    let losses = losses(&counts);
+    // 100 + 1 goroutines of the other sites come and go.
+    assert_eq!(losses["site map full"], 202);
+    assert!(
+        losses.contains_key("map of waiting goroutines full"),
+        "{losses:?}"
+    );
+}
+
+#[test]
+fn the_universal_places_count_the_same() {
+    // Go 1.26's number of "chan receive".
+    const CHAN_RECEIVE: u8 = 19;
+    let mut target = Target::start();
+    let kernel = Kernel::load().unwrap();
+    let plan = target::universal_plan(&target::binary(), 1 << CHAN_RECEIVE);
+    let attached = kernel.attach(target.pid(), &plan, Tier::Blocking).unwrap();
+    target.run("slow 20 20");
+    target.run("churn 10000");
+    let counts = attached.read().unwrap();
+    let flow = flow(&counts);
+    assert_eq!((flow.spawned, flow.exited), (10_001, 10_001));
+    let slow: Vec<_> = counts
+        .waits
+        .iter()
+        .filter(|wait| {
+            wait.pcs
+                .iter()
+                .any(|&pc| target.function(pc) == "main.slow")
+        })
+        .collect();
+    assert_eq!(slow.len(), 1, "{counts:?}");
+    assert_eq!((slow[0].parks, slow[0].resumes), (20, 20));
+    assert!(counts.waits.iter().all(|wait| wait.reason == CHAN_RECEIVE));
+    assert!(losses(&counts).is_empty(), "{:?}", losses(&counts));
 }
 
 #[test]
