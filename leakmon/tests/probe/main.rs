@@ -386,20 +386,15 @@ fn the_calibrated_cost_is_that_of_a_real_program() {
     }
 }
 
-/// Runs a command of the target over and over while the governor ticks, and
-/// says how often.
-fn govern(target: &mut Target, driver: &mut Driver, command: &str, time: Duration) -> u32 {
-    let start = Instant::now();
-    std::thread::scope(|scope| {
-        let load = scope.spawn(|| repeat(target, command, start + time));
-        while !load.is_finished() {
-            let after = driver.tick().unwrap();
-            std::thread::sleep(after);
-        }
-        load.join().unwrap()
-    })
+/// Puts the target under a governor.
+fn govern(kernel: &Kernel, target: &Target, governor: Governor) -> Driver {
+    let attached = kernel
+        .attach(target.pid(), &target.plan(), Tier::Census)
+        .unwrap();
+    Driver::start(attached, governor, target.pid())
 }
 
+/// Runs a command over and over; says how often.
 fn repeat(target: &mut Target, command: &str, until: Instant) -> u32 {
     let mut count = 0;
     while Instant::now() < until {
@@ -414,18 +409,18 @@ fn the_governor_keeps_a_busy_target_within_its_budget() {
     let (kernel, cost) = leakmon::probe::load().unwrap();
     let mut target = Target::start();
     let governor = Governor::governed(cost, 5.0, Tier::Blocking);
-    let mut driver = Driver::new(&kernel, target.pid(), &target.plan(), governor).unwrap();
+    let driver = govern(&kernel, &target, governor);
     let command = "ping 10000";
     let time = Duration::from_secs(3);
     repeat(&mut target, command, Instant::now() + time / 3);
     let bare = repeat(&mut target, command, Instant::now() + time);
-    govern(&mut target, &mut driver, command, time / 3);
+    repeat(&mut target, command, Instant::now() + time / 3);
     driver.take_interval();
-    let governed = govern(&mut target, &mut driver, command, time);
+    let governed = repeat(&mut target, command, Instant::now() + time);
     let interval = driver.take_interval();
     println!(
         "busy: {} {interval:?}, {:.1} % of the throughput kept",
-        driver.tier().name(),
+        driver.status().tier.name(),
         100.0 * f64::from(governed) / f64::from(bare)
     );
     assert!(interval.overhead.percent < 7.0, "{interval:?}");
@@ -437,14 +432,16 @@ fn the_governor_leaves_a_calm_target_attached() {
     let (kernel, cost) = leakmon::probe::load().unwrap();
     let mut target = Target::start();
     let governor = Governor::governed(cost, 5.0, Tier::Blocking);
-    let mut driver = Driver::new(&kernel, target.pid(), &target.plan(), governor).unwrap();
-    driver.tick().unwrap();
-    let time = Duration::from_secs(2);
-    govern(&mut target, &mut driver, "slow 20 5", time);
+    let driver = govern(&kernel, &target, governor);
+    while driver.status().attached < Tier::Blocking {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    driver.take_interval();
+    repeat(&mut target, "slow 20 5", Instant::now() + Duration::from_secs(2));
     let interval = driver.take_interval();
-    println!("calm: {} {interval:?}", driver.tier().name());
+    println!("calm: {} {interval:?}", driver.status().tier.name());
     assert_eq!(interval.blocking, 1.0);
-    let counts = driver.read().unwrap();
+    let counts = driver.counts().unwrap();
     let flow = flow(&counts);
     assert_eq!(flow.spawned, flow.exited);
     assert!(losses(&counts).is_empty());
