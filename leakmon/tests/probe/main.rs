@@ -4,7 +4,7 @@ mod target;
 
 use std::collections::BTreeMap;
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use leakmon::probe::{Counts, Driver, Governor, Kernel, Limits, Role, Tier, Way, calibrate};
@@ -13,6 +13,13 @@ use target::Target;
 
 /// Both ways of attaching, where the kernel has both.
 const WAYS: [Way; 2] = [Way::Multi, Way::PerfEvent];
+
+/// The tests measure time and count everything that a process does: one at a
+/// time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn flow(counts: &Counts) -> SiteFlow {
     let mut sum = SiteFlow::default();
@@ -29,6 +36,7 @@ fn losses(counts: &Counts) -> BTreeMap<&'static str, u64> {
 
 #[test]
 fn spawns_and_exits_are_exact() {
+    let _alone = alone();
     for way in WAYS {
         let mut target = Target::start();
         let kernel = Kernel::load_for(way).unwrap();
@@ -36,6 +44,7 @@ fn spawns_and_exits_are_exact() {
             .attach(target.pid(), &target.plan(), Tier::Lifecycle)
             .unwrap();
         target.run("churn 100000");
+        target.run("settle");
         let counts = attached.read().unwrap();
         let entry = target.symbol("main.churnBody");
         let churned: Vec<_> = counts
@@ -59,6 +68,7 @@ fn spawns_and_exits_are_exact() {
 
 #[test]
 fn blocks_are_exact() {
+    let _alone = alone();
     for way in WAYS {
         let mut target = Target::start();
         let kernel = Kernel::load_for(way).unwrap();
@@ -69,6 +79,7 @@ fn blocks_are_exact() {
         target.run("leak 8");
         // 20 waits of 50 ms in one place.
         target.run("slow 20 50");
+        target.run("settle");
         let counts = attached.read().unwrap();
         assert!(losses(&counts).is_empty(), "{:?}", losses(&counts));
 
@@ -105,12 +116,14 @@ fn blocks_are_exact() {
 
 #[test]
 fn many_blocks_are_exact() {
+    let _alone = alone();
     let mut target = Target::start();
     let kernel = Kernel::load().unwrap();
     let attached = kernel
         .attach(target.pid(), &target.plan(), Tier::Blocking)
         .unwrap();
     target.run("ping 50000");
+    target.run("settle");
     let counts = attached.read().unwrap();
     assert!(losses(&counts).is_empty(), "{:?}", losses(&counts));
     for wait in &counts.waits {
@@ -139,6 +152,7 @@ static LOG: Log = Log(Mutex::new(Vec::new()));
 
 #[test]
 fn what_does_not_fit_is_counted_as_dropped_and_logged() {
+    let _alone = alone();
     log::set_logger(&LOG).unwrap();
     log::set_max_level(log::LevelFilter::Warn);
     let mut target = Target::start();
@@ -154,6 +168,7 @@ fn what_does_not_fit_is_counted_as_dropped_and_logged() {
     target.run("leak 20");
     target.run("churn 100");
     target.run("slow 3 5");
+    target.run("settle");
     let counts = attached.read().unwrap();
     assert_eq!(counts.sites.len(), 1);
     assert!(counts.waits.len() <= 2);
@@ -168,6 +183,7 @@ fn what_does_not_fit_is_counted_as_dropped_and_logged() {
 
 #[test]
 fn the_universal_places_count_the_same() {
+    let _alone = alone();
     // Go 1.26's number of "chan receive".
     const CHAN_RECEIVE: u8 = 19;
     let mut target = Target::start();
@@ -176,6 +192,7 @@ fn the_universal_places_count_the_same() {
     let attached = kernel.attach(target.pid(), &plan, Tier::Blocking).unwrap();
     target.run("slow 20 20");
     target.run("churn 10000");
+    target.run("settle");
     let counts = attached.read().unwrap();
     let flow = flow(&counts);
     assert_eq!((flow.spawned, flow.exited), (10_001, 10_001));
@@ -196,6 +213,7 @@ fn the_universal_places_count_the_same() {
 
 #[test]
 fn another_process_of_the_same_file_is_not_counted() {
+    let _alone = alone();
     let mut target = Target::start();
     let mut other = Target::start();
     let kernel = Kernel::load().unwrap();
@@ -207,6 +225,7 @@ fn another_process_of_the_same_file_is_not_counted() {
         .unwrap();
     target.run("churn 1000");
     other.run("churn 300");
+    other.run("settle");
     assert_eq!(flow(&first.read().unwrap()).spawned, 1000);
     assert_eq!(flow(&second.read().unwrap()).spawned, 300);
     drop(second);
@@ -221,6 +240,7 @@ fn another_process_of_the_same_file_is_not_counted() {
 
 #[test]
 fn tiers_go_up_and_down() {
+    let _alone = alone();
     for way in WAYS {
         let mut target = Target::start();
         let kernel = Kernel::load_for(way).unwrap();
@@ -244,6 +264,7 @@ fn tiers_go_up_and_down() {
             times.push((from, tier, start.elapsed()));
             target.run("churn 100");
             target.run("ping 100");
+            target.run("settle");
         }
         let counts = attached.read().unwrap();
         assert_eq!(flow(&counts).spawned, 4 * 101);
@@ -257,6 +278,7 @@ fn tiers_go_up_and_down() {
 
 #[test]
 fn a_place_that_cannot_be_probed_is_named_and_nothing_stays() {
+    let _alone = alone();
     for way in WAYS {
         let mut target = Target::start();
         let kernel = Kernel::load_for(way).unwrap();
@@ -280,6 +302,7 @@ fn a_place_that_cannot_be_probed_is_named_and_nothing_stays() {
 
 #[test]
 fn a_process_that_is_gone_is_an_error() {
+    let _alone = alone();
     let kernel = Kernel::load().unwrap();
     let target = Target::start();
     let (pid, plan) = (target.pid(), target.plan());
@@ -297,6 +320,7 @@ const CHILD: &str = "LEAKMON_TEST_CHILD";
 
 #[test]
 fn a_killed_leakmon_leaves_nothing() {
+    let _alone = alone();
     if let Ok(pid) = std::env::var(CHILD) {
         let kernel = Kernel::load().unwrap();
         let plan = target::plan(&target::binary());
@@ -337,6 +361,7 @@ fn a_killed_leakmon_leaves_nothing() {
 
 #[test]
 fn a_hit_costs_little_more_than_an_empty_probe() {
+    let _alone = alone();
     for way in WAYS {
         let kernel = Kernel::load_for(way).unwrap();
         let start = Instant::now();
@@ -351,6 +376,7 @@ fn a_hit_costs_little_more_than_an_empty_probe() {
 
 #[test]
 fn the_calibrated_cost_is_that_of_a_real_program() {
+    let _alone = alone();
     let (kernel, cost) = leakmon::probe::load().unwrap();
     let mut target = Target::start();
     for (command, tier, ns) in [
@@ -406,6 +432,7 @@ fn repeat(target: &mut Target, command: &str, until: Instant) -> u32 {
 
 #[test]
 fn the_governor_keeps_a_busy_target_within_its_budget() {
+    let _alone = alone();
     let (kernel, cost) = leakmon::probe::load().unwrap();
     let mut target = Target::start();
     let governor = Governor::governed(cost, 5.0, Tier::Blocking);
@@ -429,6 +456,7 @@ fn the_governor_keeps_a_busy_target_within_its_budget() {
 
 #[test]
 fn the_governor_leaves_a_calm_target_attached() {
+    let _alone = alone();
     let (kernel, cost) = leakmon::probe::load().unwrap();
     let mut target = Target::start();
     let governor = Governor::governed(cost, 5.0, Tier::Blocking);
@@ -441,6 +469,7 @@ fn the_governor_leaves_a_calm_target_attached() {
     let interval = driver.take_interval();
     println!("calm: {} {interval:?}", driver.status().tier.name());
     assert_eq!(interval.blocking, 1.0);
+    target.run("settle");
     let counts = driver.counts().unwrap();
     let flow = flow(&counts);
     assert_eq!(flow.spawned, flow.exited);
