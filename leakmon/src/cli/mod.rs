@@ -11,8 +11,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::process::identity::ProcessError;
-use crate::runtime::go::program::Refusal;
 use crate::process::memory::MemoryError;
+use crate::runtime::go::program::Refusal;
 
 /// Exit codes, as the manual lists them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -52,7 +52,10 @@ pub struct Failure {
 impl Failure {
     /// A failure to write what was asked for.
     fn output(error: &io::Error) -> Failure {
-        Failure { message: format!("writing the report: {error}"), exit: Exit::Failure }
+        Failure {
+            message: format!("writing the report: {error}"),
+            exit: Exit::Failure,
+        }
     }
 }
 
@@ -63,7 +66,10 @@ impl From<ProcessError> for Failure {
             ProcessError::Other(..) => Exit::Failure,
             _ => Exit::NoProcess,
         };
-        Failure { message: error.to_string(), exit }
+        Failure {
+            message: error.to_string(),
+            exit,
+        }
     }
 }
 
@@ -211,7 +217,10 @@ fn duration(text: &str) -> Result<Duration, String> {
 }
 
 fn percent(text: &str) -> Result<f64, String> {
-    let value: f64 = text.trim_end_matches('%').parse().map_err(|_| "not a number".to_owned())?;
+    let value: f64 = text
+        .trim_end_matches('%')
+        .parse()
+        .map_err(|_| "not a number".to_owned())?;
     if !(0.0..=1000.0).contains(&value) {
         return Err("must be from 0 to 1000".to_owned());
     }

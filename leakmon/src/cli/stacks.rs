@@ -33,7 +33,10 @@ pub fn run(args: &StacksArgs) -> Result<Exit, Failure> {
         StacksFormat::Pprof => Format::Pprof,
     };
     let executable = process.identity.executable.to_string_lossy();
-    let origin = Origin { executable: &executable, at: SystemTime::now() };
+    let origin = Origin {
+        executable: &executable,
+        at: SystemTime::now(),
+    };
     let mut out = io::BufWriter::with_capacity(BUFFER, io::stdout().lock());
     match stacks::write(format, &dump, origin, &mut out).and_then(|()| out.flush()) {
         Ok(()) => Ok(Exit::Success),

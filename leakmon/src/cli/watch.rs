@@ -22,7 +22,7 @@ use crate::report::{self, Observation, Probed, Report, TierReason, When, json, t
 use crate::runtime::go::census::Census;
 use crate::runtime::go::probes::{self, Probes};
 use crate::runtime::go::{self, program::Refusal};
-use crate::task::{Checkpoint, Flow, SiteFlow, rates, reconcile};
+use crate::task::{Checkpoint, Flow, rates, reconcile};
 
 use super::{Colour, Exit, Failure, Format, TierArg, WatchArgs, exit_of};
 
@@ -55,17 +55,26 @@ pub fn run(args: WatchArgs) -> Result<Exit, Failure> {
     let mut args = args;
     args.pids.sort_unstable();
     args.pids.dedup();
-    let processes =
-        args.pids.iter().map(|pid| Process::open(*pid)).collect::<Result<Vec<_>, _>>()?;
+    let processes = args
+        .pids
+        .iter()
+        .map(|pid| Process::open(*pid))
+        .collect::<Result<Vec<_>, _>>()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|error| Failure { message: error.to_string(), exit: Exit::Failure })?;
+        .map_err(|error| Failure {
+            message: error.to_string(),
+            exit: Exit::Failure,
+        })?;
     runtime.block_on(watch(args, processes))
 }
 
 async fn watch(args: WatchArgs, processes: Vec<Process>) -> Result<Exit, Failure> {
-    let failed = |error: io::Error| Failure { message: error.to_string(), exit: Exit::Failure };
+    let failed = |error: io::Error| Failure {
+        message: error.to_string(),
+        exit: Exit::Failure,
+    };
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
     let kernel = KernelSlot::default();
@@ -168,7 +177,9 @@ impl Watcher {
     fn run(mut self) {
         let over = self.watch();
         // Nobody listens any more when the main thread is ending.
-        let _ = self.events.send(Event::Over(self.process.identity.pid, over));
+        let _ = self
+            .events
+            .send(Event::Over(self.process.identity.pid, over));
     }
 
     fn watch(&mut self) -> Result<Exit, Failure> {
@@ -263,6 +274,7 @@ impl Watcher {
         let unbroken = before_status.attached >= Tier::Lifecycle
             && status.attached >= Tier::Lifecycle
             && before_status.gaps == status.gaps;
+        let totals = |counts: &Counts| probes::totals(census, counts);
         let checkpoint = Checkpoint::new(&population, totals(&before), totals(&after));
         let reconciliation = match &probing.base {
             Some((base, gaps)) if unbroken && *gaps == status.gaps => {
@@ -274,7 +286,10 @@ impl Watcher {
             }
         };
         let flow = probes::flow(census, &after);
-        let attached = self.args.interval.mul_f64(interval.lifecycle.clamp(0.0, 1.0));
+        let attached = self
+            .args
+            .interval
+            .mul_f64(interval.lifecycle.clamp(0.0, 1.0));
         let probed = Probed {
             flow: &flow,
             rates: rates(&probing.before, &flow, attached),
@@ -356,7 +371,12 @@ impl Watcher {
             if self.process.identity.was_replaced() {
                 return Err(self.failure(&Refusal::Memory(MemoryError::Replaced)));
             }
-            self.send(Report::refused(self.when(n), self.about(), threads, reason.clone()));
+            self.send(Report::refused(
+                self.when(n),
+                self.about(),
+                threads,
+                reason.clone(),
+            ));
             if self.wait(n) {
                 break;
             }
@@ -376,14 +396,21 @@ impl Watcher {
             return true;
         }
         let left = next.saturating_sub(self.started.elapsed());
-        !matches!(self.stopped.recv_timeout(left), Err(RecvTimeoutError::Timeout))
+        !matches!(
+            self.stopped.recv_timeout(left),
+            Err(RecvTimeoutError::Timeout)
+        )
     }
 
     fn when(&self, n: u32) -> When {
         When {
             at: SystemTime::now(),
             elapsed: self.started.elapsed(),
-            interval: if n == 0 { Duration::ZERO } else { self.args.interval },
+            interval: if n == 0 {
+                Duration::ZERO
+            } else {
+                self.args.interval
+            },
         }
     }
 
@@ -398,9 +425,8 @@ impl Watcher {
     }
 
     fn failure(&self, refusal: &Refusal) -> Failure {
-        let watched = humantime::format_duration(Duration::from_secs(
-            self.started.elapsed().as_secs(),
-        ));
+        let watched =
+            humantime::format_duration(Duration::from_secs(self.started.elapsed().as_secs()));
         let more = match refusal {
             Refusal::Memory(MemoryError::Gone) => format!(" (watched for {watched})"),
             Refusal::Memory(MemoryError::Replaced) => {
@@ -413,13 +439,6 @@ impl Watcher {
             exit: exit_of(refusal),
         }
     }
-}
-
-fn totals(counts: &Counts) -> SiteFlow {
-    counts.sites.iter().fold(SiteFlow::default(), |sum, (_, site)| SiteFlow {
-        spawned: sum.spawned + site.spawned,
-        exited: sum.exited + site.exited,
-    })
 }
 
 fn exit_of_probe(error: &Error) -> Exit {
@@ -451,7 +470,11 @@ impl Screen {
         };
         Screen {
             format: args.format,
-            options: table::Options { colour, top: args.top, ..table::Options::default() },
+            options: table::Options {
+                colour,
+                top: args.top,
+                ..table::Options::default()
+            },
             live: terminal && args.format == Format::Table && !args.once,
             entered: false,
             latest: BTreeMap::new(),
@@ -477,8 +500,11 @@ impl Screen {
         let size = terminal_size::terminal_size();
         let (width, height) = size.map_or((80, usize::MAX), |(w, h)| (w.0.into(), h.0.into()));
         self.options.width = width;
-        let text: String =
-            self.latest.values().map(|report| table::render(report, &self.options) + "\n").collect();
+        let text: String = self
+            .latest
+            .values()
+            .map(|report| table::render(report, &self.options) + "\n")
+            .collect();
         let mut frame = String::new();
         if !self.entered {
             // The second screen, without a cursor.
@@ -486,8 +512,15 @@ impl Screen {
             self.entered = true;
         }
         frame.push_str("\x1b[H");
-        let lines: Vec<&str> = text.lines().chain(self.notes.iter().map(String::as_str)).collect();
-        let shown = if lines.len() > height { height.saturating_sub(1) } else { lines.len() };
+        let lines: Vec<&str> = text
+            .lines()
+            .chain(self.notes.iter().map(String::as_str))
+            .collect();
+        let shown = if lines.len() > height {
+            height.saturating_sub(1)
+        } else {
+            lines.len()
+        };
         for (i, line) in lines[..shown].iter().enumerate() {
             let end = if i + 1 == height { "" } else { "\r\n" };
             let _ = write!(frame, "{line}\x1b[K{end}");

@@ -52,14 +52,23 @@ impl Driver {
     /// Governs what is attached to process `pid`.
     pub fn start(attached: Attached, governor: Governor, pid: u32) -> Driver {
         let shared = Arc::new(Shared {
-            state: Mutex::new(State { attached, governor, failed: None, gaps: 0, stop: false }),
+            state: Mutex::new(State {
+                attached,
+                governor,
+                failed: None,
+                gaps: 0,
+                stop: false,
+            }),
             wake: Condvar::new(),
         });
         let thread = std::thread::spawn({
             let shared = Arc::clone(&shared);
             move || shared.govern(pid)
         });
-        Driver { shared, thread: Some(thread) }
+        Driver {
+            shared,
+            thread: Some(thread),
+        }
     }
 
     /// Everything that was counted since the process was first attached.
@@ -81,7 +90,9 @@ impl Driver {
         Status {
             tier: state.governor.tier(),
             attached: state.attached.tier(),
-            failed: state.failed.clone(), gaps: state.gaps }
+            failed: state.failed.clone(),
+            gaps: state.gaps,
+        }
     }
 }
 
@@ -99,7 +110,9 @@ impl Drop for Driver {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         // No change of the state is left half done by a panic.
-        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.state
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     fn govern(&self, pid: u32) {
@@ -130,7 +143,9 @@ impl State {
         let step = self.governor.tick(Reading { now, hits, cpu });
         let before = self.attached.tier();
         if step.tier != before {
-            self.attached.set_tier(step.tier).map_err(|error| error.to_string())?;
+            self.attached
+                .set_tier(step.tier)
+                .map_err(|error| error.to_string())?;
             if step.tier < Tier::Lifecycle {
                 self.gaps += 1;
             }

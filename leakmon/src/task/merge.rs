@@ -286,7 +286,8 @@ pub fn rates(before: &Flow, now: &Flow, attached: Duration) -> Rates {
 /// A census with the probes' counts read on either side of it.
 #[derive(Clone, Copy, Debug)]
 pub struct Checkpoint {
-    /// [`Population::count`] and [`Population::unstable`].
+    /// [`Population::count`], less the tasks that nobody spawned, and
+    /// [`Population::unstable`].
     live: u64,
     unstable: u64,
     /// Spawned and ended, before the census and after it.
@@ -297,8 +298,15 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// `before` and `after` are the probes' counts next to the census.
     pub fn new(population: &Population, before: SiteFlow, after: SiteFlow) -> Checkpoint {
+        // Threads of C that call into Go have tasks that nobody spawned.
+        let foreign: u64 = population
+            .groups
+            .iter()
+            .filter(|group| population.site(group.site).key.entry == 0)
+            .map(|group| group.count)
+            .sum();
         Checkpoint {
-            live: population.count,
+            live: population.count - foreign,
             unstable: population.unstable,
             before: (before.spawned, before.exited),
             after: (after.spawned, after.exited),

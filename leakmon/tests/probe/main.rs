@@ -465,7 +465,11 @@ fn the_governor_leaves_a_calm_target_attached() {
         std::thread::sleep(Duration::from_millis(1));
     }
     driver.take_interval();
-    repeat(&mut target, "slow 20 5", Instant::now() + Duration::from_secs(2));
+    repeat(
+        &mut target,
+        "slow 20 5",
+        Instant::now() + Duration::from_secs(2),
+    );
     let interval = driver.take_interval();
     println!("calm: {} {interval:?}", driver.status().tier.name());
     assert_eq!(interval.blocking, 1.0);

@@ -777,29 +777,38 @@ impl<M: Memory> Census<M> {
         Ok(())
     }
 
-    /// isSystemGoroutine, runtime/traceback.go.
+    /// Whether goroutines that start at `entry` are the runtime's own.
+    pub fn is_system(&self, entry: u64) -> bool {
+        self.classify(entry) != Start::User
+    }
+
     fn start(&mut self, g: &RawG) -> Start {
         if let Some(start) = self.starts.get(&g.startpc) {
             return *start;
         }
+        let start = self.classify(g.startpc);
+        if self.starts.len() >= MAX_REMEMBERED {
+            self.starts.clear();
+        }
+        self.starts.insert(g.startpc, start);
+        start
+    }
+
+    /// isSystemGoroutine, runtime/traceback.go.
+    fn classify(&self, entry: u64) -> Start {
         let program = &self.program;
         let name = program
-            .text_offset(self.bias.vaddr(RuntimeAddr(g.startpc)))
+            .text_offset(self.bias.vaddr(RuntimeAddr(entry)))
             .and_then(|offset: TextOffset| program.table.name(program.table.function(offset)?))
             .unwrap_or(b"");
-        let start = match name {
+        match name {
             b"runtime.main" | b"runtime.corostart" | b"runtime.handleAsyncEvent" => Start::User,
             b"runtime.runfinq" | b"runtime.runFinalizers" | b"runtime.runCleanups" => {
                 Start::Callbacks
             }
             _ if name.starts_with(b"runtime.") => Start::System,
             _ => Start::User,
-        };
-        if self.starts.len() >= MAX_REMEMBERED {
-            self.starts.clear();
         }
-        self.starts.insert(g.startpc, start);
-        start
     }
 
     /// The pprof labels at `addr`: runtime/pprof/label.go from Go 1.24 on.

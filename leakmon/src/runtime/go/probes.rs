@@ -2,7 +2,7 @@
 
 use crate::probe::{Counts, Place, Plan, TargetLayout, Tier};
 use crate::process::memory::Memory;
-use crate::task::{Flow, WaitFlow};
+use crate::task::{Flow, SiteFlow, SiteKey, WaitFlow};
 
 use super::census::Census;
 use super::places::{Found, Places};
@@ -109,36 +109,52 @@ fn target_layout(program: &Program) -> Result<TargetLayout, Refusal> {
     })
 }
 
-/// Puts names to what the probes counted.
+/// Puts names to what the probes counted of the program's own goroutines. The
+/// runtime's are left out, as NumGoroutine leaves them out.
 pub fn flow<M: Memory>(census: &mut Census<M>, counts: &Counts) -> Flow {
-    let sites = counts
-        .sites
-        .iter()
-        .map(|(key, flow)| (census.site(*key), *flow))
+    let sites: Vec<(SiteKey, SiteFlow)> = own_sites(census, counts).collect();
+    let sites = sites
+        .into_iter()
+        .map(|(key, flow)| (census.site(key), flow))
         .collect();
-    let waits = counts
-        .waits
-        .iter()
-        .map(|wait| {
-            let kept = wait
-                .pcs
-                .iter()
-                .position(|pc| *pc == 0)
-                .unwrap_or(wait.pcs.len());
-            WaitFlow {
-                site: wait.site,
-                reason: census.program().wait_reason_or_number(wait.reason),
-                stack: census.stack_of(&wait.pcs[..kept]),
-                parks: wait.parks,
-                resumes: wait.resumes,
-                durations: wait.durations.clone(),
-            }
-        })
-        .collect();
+    let mut waits = Vec::new();
+    for wait in &counts.waits {
+        if census.is_system(wait.site.entry) {
+            continue;
+        }
+        let kept = wait.pcs.iter().position(|pc| *pc == 0);
+        waits.push(WaitFlow {
+            site: wait.site,
+            reason: census.program().wait_reason_or_number(wait.reason),
+            stack: census.stack_of(&wait.pcs[..kept.unwrap_or(wait.pcs.len())]),
+            parks: wait.parks,
+            resumes: wait.resumes,
+            durations: wait.durations.clone(),
+        });
+    }
     Flow {
         sites,
         waits,
         hits: counts.hits.total(),
         dropped: counts.drops.losses().collect(),
     }
+}
+
+/// Spawns and exits of the program's own goroutines.
+pub fn totals<M: Memory>(census: &Census<M>, counts: &Counts) -> SiteFlow {
+    own_sites(census, counts).fold(SiteFlow::default(), |sum, (_, site)| SiteFlow {
+        spawned: sum.spawned + site.spawned,
+        exited: sum.exited + site.exited,
+    })
+}
+
+fn own_sites<'a, M: Memory>(
+    census: &'a Census<M>,
+    counts: &'a Counts,
+) -> impl Iterator<Item = (SiteKey, SiteFlow)> + 'a {
+    counts
+        .sites
+        .iter()
+        .filter(|(key, _)| !census.is_system(key.entry))
+        .copied()
 }

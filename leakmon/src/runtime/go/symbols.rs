@@ -199,7 +199,11 @@ impl Symbols {
                 line: position.line,
                 // As runtime.tracebackPCs lists it: behind the instruction that
                 // the position is of.
-                pc: self.bias.runtime(program.vaddr(position.at)).0.wrapping_add(1),
+                pc: self
+                    .bias
+                    .runtime(program.vaddr(position.at))
+                    .0
+                    .wrapping_add(1),
                 offset: pc.wrapping_sub(entry),
                 entry,
                 inlined: position.inlined,
