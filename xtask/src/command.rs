@@ -73,7 +73,8 @@ impl Run {
 
     /// Runs it unseen and gives its standard output.
     pub(crate) fn capture(self) -> Result<String> {
-        let (mut command, line) = self.ready();
+        // A backtrace would push what a failed tool has to say out of the error's few lines.
+        let (mut command, line) = self.env_remove("RUST_BACKTRACE").ready();
         let output = command
             .stdin(Stdio::null())
             .output()
