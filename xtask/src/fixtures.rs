@@ -30,7 +30,7 @@ pub(crate) struct Options {
 /// The versions that may be missing without a loss of what is promised.
 const OPTIONAL: &[u32] = &[18, 20];
 
-/// The version's file format of the manifest.
+/// The version of the manifest's format.
 const MANIFEST_VERSION: u32 = 1;
 
 /// What has been built, and what could not be.
@@ -364,7 +364,7 @@ fn hash_of_sources() -> Result<u64> {
     files.sort();
     let mut hasher = DefaultHasher::new();
     for file in files {
-        file.hash(&mut hasher);
+        file.strip_prefix(workspace::root())?.hash(&mut hasher);
         std::fs::read(&file)
             .with_context(|| format!("cannot read {}", file.display()))?
             .hash(&mut hasher);

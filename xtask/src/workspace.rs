@@ -6,7 +6,8 @@ use anyhow::{Context as _, Result};
 
 /// The checkout's top folder.
 pub(crate) fn root() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().unwrap_or(manifest)
 }
 
 /// Where cargo builds.

@@ -56,7 +56,7 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(10), Duration::from_sec
 const AVERAGE: Duration = Duration::from_millis(500);
 
 /// A hit in a real program costs more than one in a loop, which has the caches
-/// for itself: 1.14 to 1.28 times as much was measured with Go programs.
+/// for itself: 1.0 to 1.33 times as much was measured with Go programs.
 const COLD: f64 = 1.25;
 
 /// CPU time that attaching and detaching once takes from the target: page

@@ -24,9 +24,34 @@ use crate::task::{Histogram, SiteFlow, SiteKey};
 /// The object that the build script compiled.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/leakmon"));
 
-/// Memory for `WAIT_COUNTS` over all CPUs, in bytes. It decides how many kinds
-/// of wait are counted at once.
-const WAIT_COUNTS_BYTES: usize = 16 << 20;
+/// How much is counted at once, over all targets. What exceeds it is counted
+/// as dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Spawn sites. The kernel holds about 100 bytes and 16 for each CPU of one
+    /// that is in use.
+    pub sites: u32,
+    /// Goroutines whose waits are followed. The kernel holds 16 bytes of one,
+    /// and 128 more of one that has waited.
+    pub goroutines: u32,
+    /// Kinds of wait, by spawn site, reason and place. The kernel holds 408
+    /// bytes for each CPU of one.
+    pub waits: u32,
+}
+
+impl Limits {
+    /// What is sensible on a machine with `cpus` possible CPUs: about 16 MiB
+    /// for the goroutines and as much for the waits.
+    pub fn for_cpus(cpus: usize) -> Limits {
+        const WAITS_BYTES: usize = 16 << 20;
+        let waits = WAITS_BYTES / (size_of::<WaitCount>() * cpus.max(1));
+        Limits {
+            sites: 16 * 1024,
+            goroutines: 1 << 20,
+            waits: waits.clamp(512, 8192) as u32,
+        }
+    }
+}
 
 /// How programs are tied to places.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,15 +175,22 @@ impl Kernel {
     ///
     /// As [`Kernel::load`], also when the kernel lacks `way`.
     pub fn load_for(way: Way) -> Result<Kernel, Error> {
-        let cpus = aya::util::nr_cpus().map_err(|(path, source)| Error::File {
-            path: path.to_owned(),
-            source,
-        })?;
-        let slots = wait_slots(cpus);
+        Kernel::load_with(way, Limits::for_cpus(cpus()?))
+    }
+
+    /// As [`Kernel::load_for`], with limits of the caller's.
+    ///
+    /// # Errors
+    ///
+    /// As [`Kernel::load_for`].
+    pub fn load_with(way: Way, limits: Limits) -> Result<Kernel, Error> {
+        let cpus = cpus()?;
         let mut ebpf = EbpfLoader::new()
-            .map_max_entries("WAITS", slots)
-            .map_max_entries("FREE_SLOTS", slots)
-            .map_max_entries("WAIT_COUNTS", slots)
+            .map_max_entries("SITES", limits.sites)
+            .map_max_entries("PARKED", limits.goroutines)
+            .map_max_entries("WAITS", limits.waits)
+            .map_max_entries("FREE_SLOTS", limits.waits)
+            .map_max_entries("WAIT_COUNTS", limits.waits)
             .load(OBJECT)
             .map_err(|error| match errno(&error) {
                 Some(source) => Error::or_permission("bpf", source, |_| Error::Load(error)),
@@ -172,7 +204,7 @@ impl Kernel {
             }
         };
         let mut free_slots: Queue<MapData, u32> = take(&mut ebpf, "FREE_SLOTS")?;
-        for slot in 0..slots {
+        for slot in 0..limits.waits {
             free_slots.push(slot, 0).map_err(map_error("fill a map"))?;
         }
         let state = State {
@@ -283,10 +315,12 @@ impl Drop for Empty {
     }
 }
 
-/// The slots for `cpus` possible CPUs.
-fn wait_slots(cpus: usize) -> u32 {
-    let slots = WAIT_COUNTS_BYTES / (size_of::<WaitCount>() * cpus.max(1));
-    slots.clamp(512, 8192) as u32
+/// Possible CPUs, for which the kernel keeps values of per-CPU maps.
+fn cpus() -> Result<usize, Error> {
+    aya::util::nr_cpus().map_err(|(path, source)| Error::File {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// What the kernel side relies on.

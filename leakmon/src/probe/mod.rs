@@ -1,4 +1,14 @@
 //! The kernel side: loading, attaching, reading, and the budget.
+//!
+//! [`load`] loads the programs once for a leakmon process, proves that they
+//! fire and measures what a hit costs. A runtime describes a process by a
+//! [`Plan`]; [`Kernel::attach`] attaches a tier of it, and [`Attached::read`]
+//! reads what was counted. A [`Driver`] does so under a [`Governor`], which
+//! keeps the cost within what the user allows.
+//!
+//! The kernel side counts in maps and sends nothing for a hit. It only reads
+//! the target's memory. All that leakmon holds in the kernel hangs on its file
+//! descriptors: when it ends, in whatever way, the target is as it was.
 
 mod budget;
 mod calibrate;
@@ -14,5 +24,5 @@ pub use calibrate::{Cost, calibrate, load};
 pub use counts::{Counts, Drops, Hits, WaitCounts};
 pub use driver::{Driver, Status};
 pub use error::Error;
-pub use kernel::{Attached, Empty, Kernel, Way};
+pub use kernel::{Attached, Empty, Kernel, Limits, Way};
 pub use plan::{Place, Plan, Role, TargetLayout, Tier};

@@ -4,14 +4,22 @@ mod target;
 
 use std::collections::BTreeMap;
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use leakmon::probe::{Counts, Driver, Governor, Kernel, Role, Tier, Way, calibrate};
+use leakmon::probe::{Counts, Driver, Governor, Kernel, Limits, Role, Tier, Way, calibrate};
 use leakmon::task::SiteFlow;
 use target::Target;
 
 /// Both ways of attaching, where the kernel has both.
 const WAYS: [Way; 2] = [Way::Multi, Way::PerfEvent];
+
+/// The tests measure time and count everything that a process does: one at a
+/// time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn flow(counts: &Counts) -> SiteFlow {
     let mut sum = SiteFlow::default();
@@ -28,6 +36,7 @@ fn losses(counts: &Counts) -> BTreeMap<&'static str, u64> {
 
 #[test]
 fn spawns_and_exits_are_exact() {
+    let _alone = alone();
     for way in WAYS {
         let mut target = Target::start();
         let kernel = Kernel::load_for(way).unwrap();
@@ -35,6 +44,7 @@ fn spawns_and_exits_are_exact() {
             .attach(target.pid(), &target.plan(), Tier::Lifecycle)
             .unwrap();
         target.run("churn 100000");
+        target.run("settle");
         let counts = attached.read().unwrap();
         let entry = target.symbol("main.churnBody");
         let churned: Vec<_> = counts
@@ -58,6 +68,7 @@ fn spawns_and_exits_are_exact() {
 
 #[test]
 fn blocks_are_exact() {
+    let _alone = alone();
     for way in WAYS {
         let mut target = Target::start();
         let kernel = Kernel::load_for(way).unwrap();
@@ -68,6 +79,7 @@ fn blocks_are_exact() {
         target.run("leak 8");
         // 20 waits of 50 ms in one place.
         target.run("slow 20 50");
+        target.run("settle");
         let counts = attached.read().unwrap();
         assert!(losses(&counts).is_empty(), "{:?}", losses(&counts));
 
@@ -104,12 +116,14 @@ fn blocks_are_exact() {
 
 #[test]
 fn many_blocks_are_exact() {
+    let _alone = alone();
     let mut target = Target::start();
     let kernel = Kernel::load().unwrap();
     let attached = kernel
         .attach(target.pid(), &target.plan(), Tier::Blocking)
         .unwrap();
     target.run("ping 50000");
+    target.run("settle");
     let counts = attached.read().unwrap();
     assert!(losses(&counts).is_empty(), "{:?}", losses(&counts));
     for wait in &counts.waits {
@@ -119,8 +133,87 @@ fn many_blocks_are_exact() {
     assert!(counts.waits.iter().map(|wait| wait.parks).sum::<u64>() > 50_000);
 }
 
+/// Keeps what is logged.
+struct Log(Mutex<Vec<String>>);
+
+impl log::Log for Log {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        self.0.lock().unwrap().push(record.args().to_string());
+    }
+
+    fn flush(&self) {}
+}
+
+static LOG: Log = Log(Mutex::new(Vec::new()));
+
+#[test]
+fn what_does_not_fit_is_counted_as_dropped_and_logged() {
+    let _alone = alone();
+    log::set_logger(&LOG).unwrap();
+    log::set_max_level(log::LevelFilter::Warn);
+    let mut target = Target::start();
+    let limits = Limits {
+        sites: 1,
+        goroutines: 4,
+        waits: 2,
+    };
+    let kernel = Kernel::load_with(Way::Multi, limits).unwrap();
+    let attached = kernel
+        .attach(target.pid(), &target.plan(), Tier::Blocking)
+        .unwrap();
+    target.run("leak 20");
+    target.run("churn 100");
+    target.run("slow 3 5");
+    target.run("settle");
+    let counts = attached.read().unwrap();
+    assert_eq!(counts.sites.len(), 1);
+    assert!(counts.waits.len() <= 2);
+    let losses = losses(&counts);
+    // 100 + 1 goroutines of the other sites come and go.
+    assert_eq!(losses["site map full"], 202);
+    assert!(
+        losses.contains_key("map of waiting goroutines full"),
+        "{losses:?}"
+    );
+}
+
+#[test]
+fn the_universal_places_count_the_same() {
+    let _alone = alone();
+    // Go 1.26's number of "chan receive".
+    const CHAN_RECEIVE: u8 = 19;
+    let mut target = Target::start();
+    let kernel = Kernel::load().unwrap();
+    let plan = target::universal_plan(&target::binary(), 1 << CHAN_RECEIVE);
+    let attached = kernel.attach(target.pid(), &plan, Tier::Blocking).unwrap();
+    target.run("slow 20 20");
+    target.run("churn 10000");
+    target.run("settle");
+    let counts = attached.read().unwrap();
+    let flow = flow(&counts);
+    assert_eq!((flow.spawned, flow.exited), (10_001, 10_001));
+    let slow: Vec<_> = counts
+        .waits
+        .iter()
+        .filter(|wait| {
+            wait.pcs
+                .iter()
+                .any(|&pc| target.function(pc) == "main.slow")
+        })
+        .collect();
+    assert_eq!(slow.len(), 1, "{counts:?}");
+    assert_eq!((slow[0].parks, slow[0].resumes), (20, 20));
+    assert!(counts.waits.iter().all(|wait| wait.reason == CHAN_RECEIVE));
+    assert!(losses(&counts).is_empty(), "{:?}", losses(&counts));
+}
+
 #[test]
 fn another_process_of_the_same_file_is_not_counted() {
+    let _alone = alone();
     let mut target = Target::start();
     let mut other = Target::start();
     let kernel = Kernel::load().unwrap();
@@ -132,6 +225,7 @@ fn another_process_of_the_same_file_is_not_counted() {
         .unwrap();
     target.run("churn 1000");
     other.run("churn 300");
+    other.run("settle");
     assert_eq!(flow(&first.read().unwrap()).spawned, 1000);
     assert_eq!(flow(&second.read().unwrap()).spawned, 300);
     drop(second);
@@ -146,6 +240,7 @@ fn another_process_of_the_same_file_is_not_counted() {
 
 #[test]
 fn tiers_go_up_and_down() {
+    let _alone = alone();
     for way in WAYS {
         let mut target = Target::start();
         let kernel = Kernel::load_for(way).unwrap();
@@ -169,6 +264,7 @@ fn tiers_go_up_and_down() {
             times.push((from, tier, start.elapsed()));
             target.run("churn 100");
             target.run("ping 100");
+            target.run("settle");
         }
         let counts = attached.read().unwrap();
         assert_eq!(flow(&counts).spawned, 4 * 101);
@@ -182,6 +278,7 @@ fn tiers_go_up_and_down() {
 
 #[test]
 fn a_place_that_cannot_be_probed_is_named_and_nothing_stays() {
+    let _alone = alone();
     for way in WAYS {
         let mut target = Target::start();
         let kernel = Kernel::load_for(way).unwrap();
@@ -205,6 +302,7 @@ fn a_place_that_cannot_be_probed_is_named_and_nothing_stays() {
 
 #[test]
 fn a_process_that_is_gone_is_an_error() {
+    let _alone = alone();
     let kernel = Kernel::load().unwrap();
     let target = Target::start();
     let (pid, plan) = (target.pid(), target.plan());
@@ -222,6 +320,7 @@ const CHILD: &str = "LEAKMON_TEST_CHILD";
 
 #[test]
 fn a_killed_leakmon_leaves_nothing() {
+    let _alone = alone();
     if let Ok(pid) = std::env::var(CHILD) {
         let kernel = Kernel::load().unwrap();
         let plan = target::plan(&target::binary());
@@ -262,6 +361,7 @@ fn a_killed_leakmon_leaves_nothing() {
 
 #[test]
 fn a_hit_costs_little_more_than_an_empty_probe() {
+    let _alone = alone();
     for way in WAYS {
         let kernel = Kernel::load_for(way).unwrap();
         let start = Instant::now();
@@ -276,6 +376,7 @@ fn a_hit_costs_little_more_than_an_empty_probe() {
 
 #[test]
 fn the_calibrated_cost_is_that_of_a_real_program() {
+    let _alone = alone();
     let (kernel, cost) = leakmon::probe::load().unwrap();
     let mut target = Target::start();
     for (command, tier, ns) in [
@@ -311,20 +412,15 @@ fn the_calibrated_cost_is_that_of_a_real_program() {
     }
 }
 
-/// Runs a command of the target over and over while the governor ticks, and
-/// says how often.
-fn govern(target: &mut Target, driver: &mut Driver, command: &str, time: Duration) -> u32 {
-    let start = Instant::now();
-    std::thread::scope(|scope| {
-        let load = scope.spawn(|| repeat(target, command, start + time));
-        while !load.is_finished() {
-            let after = driver.tick().unwrap();
-            std::thread::sleep(after);
-        }
-        load.join().unwrap()
-    })
+/// Puts the target under a governor.
+fn govern(kernel: &Kernel, target: &Target, governor: Governor) -> Driver {
+    let attached = kernel
+        .attach(target.pid(), &target.plan(), Tier::Census)
+        .unwrap();
+    Driver::start(attached, governor, target.pid())
 }
 
+/// Runs a command over and over; says how often.
 fn repeat(target: &mut Target, command: &str, until: Instant) -> u32 {
     let mut count = 0;
     while Instant::now() < until {
@@ -336,21 +432,22 @@ fn repeat(target: &mut Target, command: &str, until: Instant) -> u32 {
 
 #[test]
 fn the_governor_keeps_a_busy_target_within_its_budget() {
+    let _alone = alone();
     let (kernel, cost) = leakmon::probe::load().unwrap();
     let mut target = Target::start();
     let governor = Governor::governed(cost, 5.0, Tier::Blocking);
-    let mut driver = Driver::new(&kernel, target.pid(), &target.plan(), governor).unwrap();
+    let driver = govern(&kernel, &target, governor);
     let command = "ping 10000";
     let time = Duration::from_secs(3);
     repeat(&mut target, command, Instant::now() + time / 3);
     let bare = repeat(&mut target, command, Instant::now() + time);
-    govern(&mut target, &mut driver, command, time / 3);
+    repeat(&mut target, command, Instant::now() + time / 3);
     driver.take_interval();
-    let governed = govern(&mut target, &mut driver, command, time);
+    let governed = repeat(&mut target, command, Instant::now() + time);
     let interval = driver.take_interval();
     println!(
         "busy: {} {interval:?}, {:.1} % of the throughput kept",
-        driver.tier().name(),
+        driver.status().tier.name(),
         100.0 * f64::from(governed) / f64::from(bare)
     );
     assert!(interval.overhead.percent < 7.0, "{interval:?}");
@@ -359,17 +456,21 @@ fn the_governor_keeps_a_busy_target_within_its_budget() {
 
 #[test]
 fn the_governor_leaves_a_calm_target_attached() {
+    let _alone = alone();
     let (kernel, cost) = leakmon::probe::load().unwrap();
     let mut target = Target::start();
     let governor = Governor::governed(cost, 5.0, Tier::Blocking);
-    let mut driver = Driver::new(&kernel, target.pid(), &target.plan(), governor).unwrap();
-    driver.tick().unwrap();
-    let time = Duration::from_secs(2);
-    govern(&mut target, &mut driver, "slow 20 5", time);
+    let driver = govern(&kernel, &target, governor);
+    while driver.status().attached < Tier::Blocking {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    driver.take_interval();
+    repeat(&mut target, "slow 20 5", Instant::now() + Duration::from_secs(2));
     let interval = driver.take_interval();
-    println!("calm: {} {interval:?}", driver.tier().name());
+    println!("calm: {} {interval:?}", driver.status().tier.name());
     assert_eq!(interval.blocking, 1.0);
-    let counts = driver.read().unwrap();
+    target.run("settle");
+    let counts = driver.counts().unwrap();
     let flow = flow(&counts);
     assert_eq!(flow.spawned, flow.exited);
     assert!(losses(&counts).is_empty());

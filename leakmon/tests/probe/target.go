@@ -68,7 +68,7 @@ func leak(n int) {
 }
 
 func main() {
-	// Threads.
+	// Some more threads.
 	for i := 0; i < 8; i++ {
 		go func() {
 			for {
@@ -97,7 +97,9 @@ func main() {
 			slow(n, time.Duration(ms)*time.Millisecond)
 		case "leak":
 			leak(n)
-			time.Sleep(200 * time.Millisecond)
+		case "settle":
+			// What was woken last goes on, and what has ended is gone.
+			time.Sleep(100 * time.Millisecond)
 		}
 		fmt.Println("done", time.Since(t).Nanoseconds())
 	}

@@ -260,14 +260,58 @@ pub(crate) fn plan(binary: &Path) -> Plan {
         }
     }
     Plan {
-        target: TargetLayout {
-            goid: 152,
-            gopc: 288,
-            startpc: 304,
-            waitreason: 176,
-            sched_bp: 96,
-            reasons: !0,
-        },
+        target: LAYOUT,
         places,
+    }
+}
+
+/// The fields of `runtime.g` in Go 1.26.
+const LAYOUT: TargetLayout = TargetLayout {
+    goid: 152,
+    gopc: 288,
+    startpc: 304,
+    waitreason: 176,
+    sched_bp: 96,
+    reasons: !0,
+};
+
+/// The places for a binary in which the others were inlined.
+pub(crate) fn universal_plan(binary: &Path, reasons: u64) -> Plan {
+    let data = std::fs::read(binary).unwrap();
+    let file = object::File::parse(&*data).unwrap();
+    let functions = functions(&file);
+    let code = |name: &str| {
+        let (start, (size, _)) = functions.iter().find(|(_, (_, n))| n == name).unwrap();
+        (*start, decode(&file, *start, *size))
+    };
+    let place = |address, role| Place {
+        offset: offset(&file, address),
+        role,
+        depth: 4,
+    };
+    let push = |name| {
+        let (_, code) = code(name);
+        code.iter()
+            .find(|i| i.mnemonic() == Mnemonic::Push)
+            .unwrap()
+            .ip()
+    };
+    // This binary has no emulated instruction behind the call that still finds
+    // the result in RAX: take the first one, which is single-stepped.
+    let (newproc1, _) = code("runtime.newproc1");
+    let (_, newproc) = code("runtime.newproc.func1");
+    let call = newproc
+        .iter()
+        .position(|i| i.is_call_near() && i.near_branch_target() == newproc1)
+        .unwrap();
+    let spawn = &newproc[call + 1];
+    Plan {
+        target: TargetLayout { reasons, ..LAYOUT },
+        places: vec![
+            place(spawn.ip(), Role::SpawnReturned),
+            place(push("runtime.goexit0"), Role::Exit),
+            place(push("runtime.park_m"), Role::ParkUniversal),
+            place(push("runtime.ready"), Role::Ready),
+        ],
     }
 }

@@ -90,6 +90,9 @@ pub struct Position<'a> {
     pub inlined: bool,
     /// `runtime.funcID` of the function.
     pub func_id: u8,
+    /// The instruction that `file` and `line` are of: a call's, or for an outer
+    /// position the mark that the compiler left for the inlined call.
+    pub at: TextOffset,
 }
 
 impl Pclntab {
@@ -225,6 +228,7 @@ impl Pclntab {
             },
             inlined: false,
             func_id: self.func_id(function)?,
+            at: function.entry,
         })
     }
 
@@ -276,6 +280,7 @@ impl Pclntab {
                     line,
                     inlined: false,
                     func_id: self.func_id(function).unwrap_or(0),
+                    at,
                 });
                 break;
             };
@@ -285,6 +290,7 @@ impl Pclntab {
                 line,
                 inlined: true,
                 func_id: call.func_id,
+                at,
             });
             let Some(parent) = function.entry.0.checked_add(call.parent) else {
                 break;

@@ -137,6 +137,7 @@ impl Symbols {
             line,
             inlined: false,
             func_id: program.table.func_id(function)?,
+            at: call,
         };
         let entry = self.bias.runtime(program.vaddr(function.entry)).0;
         let frame = self.frame(&program, &position, addr, entry).frame;
@@ -166,7 +167,8 @@ impl Symbols {
         };
         let mut call = offset;
         if !pc.is_exact() && call > function.entry {
-            call.0 -= program.elf.arch.pc_quantum();
+            // Within the call, as unwinder.symPC has it.
+            call.0 -= 1;
         }
         let entry = self.bias.runtime(program.vaddr(function.entry)).0;
         let positions = program.table.positions(function, call, &*program);
@@ -195,7 +197,9 @@ impl Symbols {
                     position.file
                 }),
                 line: position.line,
-                pc,
+                // As runtime.tracebackPCs lists it: behind the instruction that
+                // the position is of.
+                pc: self.bias.runtime(program.vaddr(position.at)).0.wrapping_add(1),
                 offset: pc.wrapping_sub(entry),
                 entry,
                 inlined: position.inlined,
