@@ -1,4 +1,5 @@
 //! What the system says of a process: who it is, and what is in its memory.
 
+pub mod capabilities;
 pub mod identity;
 pub mod memory;

@@ -330,3 +330,99 @@ fn memory(opcode: Opcode, operands: &[Operand; 4]) -> Option<Memory> {
         access,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one(word: u32) -> Instruction {
+        decode(Vaddr(0x1000), &word.to_le_bytes())[0]
+    }
+
+    #[test]
+    fn what_every_kernel_emulates() {
+        for word in [
+            // b; bl; b.ls; cbz; tbz; ret; br x1; blr x1; adr; adrp
+            0x1400_0000,
+            0x9400_0000,
+            0x5400_0009,
+            0xb400_0000,
+            0x3600_0000,
+            0xd65f_03c0,
+            0xd61f_0020,
+            0xd63f_0020,
+            0x1000_0000,
+            0x9000_0000,
+        ] {
+            assert!(one(word).emulated, "{word:x}");
+        }
+        for word in [
+            // nop; bti c; stp x29, x30, [sp, #-16]!; ldr x0, literal; svc; ldaxr
+            0xd503_201f,
+            0xd503_245f,
+            0xa9bf_7bfd,
+            0x5800_0000,
+            0xd400_0001,
+            0xc85f_fc00,
+        ] {
+            assert!(!one(word).emulated, "{word:x}");
+        }
+    }
+
+    #[test]
+    fn memory_operands() {
+        // ldaddal x2, x4, [x3]
+        let add = one(0xf8e2_0064);
+        assert_eq!(
+            add.memory,
+            Some(Memory {
+                base: Base::Register(Register::new(3), 0),
+                width: 8,
+                access: Access::AtomicAdd(Addend::Register(Register::new(2))),
+            })
+        );
+        // stlr x1, [x2]
+        let store = one(0xc89f_fc41);
+        assert_eq!(
+            store.memory,
+            Some(Memory {
+                base: Base::Register(Register::new(2), 0),
+                width: 8,
+                access: Access::AtomicStore,
+            })
+        );
+        assert_eq!(store.writes, Registers::NONE);
+        // ldar w2, [x2]
+        let load = one(0x88df_fc42);
+        assert_eq!(
+            load.memory,
+            Some(Memory {
+                base: Base::Register(Register::new(2), 0),
+                width: 4,
+                access: Access::Load,
+            })
+        );
+        assert!(load.writes.contains(Register::new(2)));
+    }
+
+    #[test]
+    fn pages_and_branches_are_resolved() {
+        // adrp x27, one page on
+        assert_eq!(
+            one(0xb000_001b).assigns,
+            Some(Assignment::Constant {
+                to: Register::new(27),
+                value: 0x2000,
+            })
+        );
+        // b.ls +8; bl -4
+        assert_eq!(one(0x5400_0049).kind, Kind::CondJump(Vaddr(0x1008)));
+        assert_eq!(one(0x97ff_ffff).kind, Kind::Call(Vaddr(0xffc)));
+    }
+
+    #[test]
+    fn a_load_exclusive_is_marked() {
+        assert!(one(0xc85f_fc00).exclusive);
+        assert!(!one(0xf8e2_0064).exclusive);
+    }
+}

@@ -72,7 +72,7 @@ fn kind(decoded: &Decoded) -> Kind {
 }
 
 /// Whether `arch/x86/kernel/uprobes.c` emulates the instruction, in every
-/// kernel from 5.10: `branch_setup_xol_ops` (e8, e9, eb, 70-7f, e0-e3, 0f
+/// kernel from 5.10: `branch_setup_xol_ops` (e8, e9, eb, 70-7f, 0f
 /// 80-8f, 90) and `push_setup_xol_ops` (50-57, alone or behind REX.B). With an
 /// operand-size prefix a branch is refused, and longer `nop`s are emulated by
 /// recent kernels only.
@@ -81,7 +81,7 @@ fn emulated(bytes: &[u8]) -> bool {
         bytes,
         [0xe8 | 0xe9, _, _, _, _]
             | [0x0f, 0x80..=0x8f, _, _, _, _]
-            | [0xeb | 0x70..=0x7f | 0xe0..=0xe3, _]
+            | [0xeb | 0x70..=0x7f, _]
             | [0x90]
             | [0x50..=0x57]
             | [0x41, 0x50..=0x57]
@@ -218,4 +218,82 @@ fn memory(decoded: &Decoded, access: impl Fn(u32) -> OpAccess) -> Option<Memory>
         width,
         access,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one(code: &[u8]) -> Instruction {
+        let list = decode(Vaddr(0x1000), code);
+        assert_eq!(list.len(), 1, "{code:x?}");
+        list[0]
+    }
+
+    #[test]
+    fn what_every_kernel_emulates() {
+        for code in [
+            &[0xe8, 0, 0, 0, 0][..],
+            &[0xe9, 0, 0, 0, 0],
+            &[0xeb, 0],
+            &[0x74, 0],
+            &[0x0f, 0x85, 0, 0, 0, 0],
+            &[0x90],
+            &[0x55],
+            &[0x41, 0x56],
+        ] {
+            assert!(one(code).emulated, "{code:x?}");
+        }
+        for code in [
+            // ret; jrcxz; call rax; pop rbp; xchg ax, ax; nop dword [rax]; bnd jmp;
+            // push [rip]; sub rsp, 8; jmp with an operand-size prefix.
+            &[0xc3][..],
+            &[0xe3, 0],
+            &[0xff, 0xd0],
+            &[0x5d],
+            &[0x66, 0x90],
+            &[0x0f, 0x1f, 0x00],
+            &[0xf2, 0xe9, 0, 0, 0, 0],
+            &[0xff, 0x35, 0, 0, 0, 0],
+            &[0x48, 0x83, 0xec, 8],
+            &[0x66, 0x74, 0],
+        ] {
+            assert!(!one(code).emulated, "{code:x?}");
+        }
+    }
+
+    #[test]
+    fn memory_operands() {
+        // lock xadd [rdx], rcx
+        let add = one(&[0xf0, 0x48, 0x0f, 0xc1, 0x0a]);
+        assert_eq!(
+            add.memory,
+            Some(Memory {
+                base: Base::Register(Register::new(2), 0),
+                width: 8,
+                access: Access::AtomicAdd(Addend::Register(Register::new(1))),
+            })
+        );
+        // mov rcx, [rip + 0x10]
+        let load = one(&[0x48, 0x8b, 0x0d, 0x10, 0, 0, 0]);
+        assert_eq!(
+            load.memory,
+            Some(Memory {
+                base: Base::Absolute(Vaddr(0x1017)),
+                width: 8,
+                access: Access::Load,
+            })
+        );
+        assert!(load.writes.contains(Register::new(1)));
+        assert!(!load.writes.contains(Register::new(0)));
+        // mov [rbx + rcx*8], rdx has an index: it is not understood.
+        assert_eq!(one(&[0x48, 0x89, 0x14, 0xcb]).memory, None);
+    }
+
+    #[test]
+    fn a_cut_off_instruction_ends_the_list() {
+        let list = decode(Vaddr(0x1000), &[0x90, 0xe8, 0, 0]);
+        assert_eq!(list.len(), 2);
+        assert_eq!((list[1].kind, list[1].len), (Kind::Invalid, 3));
+    }
 }
