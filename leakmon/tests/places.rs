@@ -9,7 +9,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use leakmon::binary::addr::Vaddr;
-use leakmon::binary::disasm::{Architecture, Code};
+use leakmon::binary::disasm::Code;
+use leakmon::binary::elf::Arch;
 use leakmon::runtime::go::places::{Places, Role};
 use leakmon::runtime::go::variables::{Functions, Variables};
 use object::{Object, ObjectSection, ObjectSymbol};
@@ -87,9 +88,8 @@ fn files(directory: &Path, list: &mut Vec<PathBuf>) {
 
 #[test]
 fn found_by_decoding_is_what_the_symbols_say() {
-    let Some(directory) = std::env::var_os("LEAKMON_FIXTURES") else {
-        return;
-    };
+    let directory = std::env::var_os("LEAKMON_FIXTURES")
+        .expect("LEAKMON_FIXTURES names no fixtures: run `cargo xtask test`");
     let mut paths = Vec::new();
     files(Path::new(&directory), &mut paths);
     paths.sort();
@@ -103,8 +103,8 @@ fn found_by_decoding_is_what_the_symbols_say() {
             continue;
         };
         let architecture = match file.architecture() {
-            object::Architecture::X86_64 => Architecture::X86_64,
-            object::Architecture::Aarch64 => Architecture::Aarch64,
+            object::Architecture::X86_64 => Arch::X86_64,
+            object::Architecture::Aarch64 => Arch::Aarch64,
             _ => continue,
         };
         if let Some(symbols) = Symbols::read(&file) {
@@ -115,12 +115,7 @@ fn found_by_decoding_is_what_the_symbols_say() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-fn check(
-    file: &str,
-    architecture: Architecture,
-    symbols: &Symbols<'_>,
-    wrong: &mut impl FnMut(String),
-) {
+fn check(file: &str, architecture: Arch, symbols: &Symbols<'_>, wrong: &mut impl FnMut(String)) {
     let mut line = String::new();
     match Variables::find(architecture, symbols) {
         Ok(found) => {

@@ -20,7 +20,7 @@ pub mod x86_64;
 /// function of Go's runtime that matters here has under 10 KiB.
 pub const MAX_CODE: usize = 64 << 10;
 
-pub use super::elf::Arch as Architecture;
+use super::elf::Arch;
 
 /// A general-purpose register by its number in instruction encodings: RAX 0,
 /// RCX 1, RDX 2, RBX 3, RSP 4, ..., R15 15; X0 to X30, SP 31. AArch64's zero
@@ -224,12 +224,12 @@ pub struct Code {
 
 impl Code {
     /// Decodes the function whose bytes are `code` and whose entry is `entry`.
-    pub fn decode(architecture: Architecture, entry: Vaddr, code: &[u8]) -> Code {
+    pub fn decode(architecture: Arch, entry: Vaddr, code: &[u8]) -> Code {
         let whole = code.len() <= MAX_CODE;
         let code = &code[..code.len().min(MAX_CODE)];
         let instructions = match architecture {
-            Architecture::X86_64 => x86_64::decode(entry, code),
-            Architecture::Aarch64 => aarch64::decode(entry, code),
+            Arch::X86_64 => x86_64::decode(entry, code),
+            Arch::Aarch64 => aarch64::decode(entry, code),
         };
         let mut targets: Vec<Vaddr> = instructions
             .iter()
@@ -341,7 +341,7 @@ mod tests {
                 1 => 0,
                 _ => u64::MAX - 200,
             });
-            for architecture in [Architecture::X86_64, Architecture::Aarch64] {
+            for architecture in [Arch::X86_64, Arch::Aarch64] {
                 let code = Code::decode(architecture, entry, &bytes);
                 let mut next = entry;
                 for instruction in code.instructions() {
@@ -356,7 +356,7 @@ mod tests {
 
     #[test]
     fn empty_code_has_no_instruction() {
-        for architecture in [Architecture::X86_64, Architecture::Aarch64] {
+        for architecture in [Arch::X86_64, Arch::Aarch64] {
             let code = Code::decode(architecture, Vaddr(4096), &[]);
             assert!(code.instructions().is_empty());
             assert!(code.is_whole());

@@ -182,13 +182,13 @@ fn pass(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::binary::disasm::Architecture;
+    use crate::binary::disasm::Arch;
 
     const AX: Register = Register::new(0);
     const CX: Register = Register::new(1);
 
     fn at_end(code: &[u8]) -> (Value, Value) {
-        let code = Code::decode(Architecture::X86_64, Vaddr(0x1000), code);
+        let code = Code::decode(Arch::X86_64, Vaddr(0x1000), code);
         let mut last = (Value::Unknown, Value::Unknown);
         walk(&code, AX, |_, values| {
             last = (values.get(AX), values.get(CX))

@@ -292,6 +292,9 @@ pub struct Census<M> {
     last: Option<u64>,
 }
 
+/// Groups by what makes them one.
+type Groups = FxHashMap<(SiteId, State, Option<u8>, Option<StackId>), Group>;
+
 /// One goroutine, read.
 struct Read {
     index: usize,
@@ -377,8 +380,7 @@ impl<M: Memory> Census<M> {
             sites: Arc::default(),
             stacks: Arc::default(),
         };
-        let mut groups: FxHashMap<(SiteId, State, Option<u8>, Option<StackId>), Group> =
-            FxHashMap::default();
+        let mut groups = Groups::default();
         let gs = self.all_gs()?;
         self.remembered.resize(gs.len(), None);
         for first in (0..gs.len()).step_by(BATCH) {
@@ -396,13 +398,7 @@ impl<M: Memory> Census<M> {
         Ok(population)
     }
 
-    fn tally(
-        &mut self,
-        read: &Read,
-        now: u64,
-        population: &mut Population,
-        groups: &mut FxHashMap<(SiteId, State, Option<u8>, Option<StackId>), Group>,
-    ) {
+    fn tally(&mut self, read: &Read, now: u64, population: &mut Population, groups: &mut Groups) {
         let slot = self.remembered[read.index];
         if !read.g.exists() {
             self.remembered[read.index] = None;

@@ -20,10 +20,11 @@
 
 pub use crate::probe::Role;
 
-use super::variables::{Additions, Convention, Functions, Refused, decode};
+use super::variables::{Convention, Functions, Refused, decode};
 use crate::binary::addr::Vaddr;
 use crate::binary::disasm::values::{Value, walk};
-use crate::binary::disasm::{Architecture, Code, Instruction, Kind, Register};
+use crate::binary::disasm::{Code, Instruction, Kind, Register};
+use crate::binary::elf::Arch;
 
 /// One place to probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -60,7 +61,7 @@ pub struct Places {
 
 impl Places {
     /// Makes the plan.
-    pub fn find(architecture: Architecture, functions: &impl Functions) -> Places {
+    pub fn find(architecture: Arch, functions: &impl Functions) -> Places {
         let finder = Finder {
             architecture,
             convention: Convention::of(architecture),
@@ -152,7 +153,7 @@ const WAKES: &[&str] = &[
 const UNIVERSAL_DEPTH: u8 = 4;
 
 struct Finder<'a, F> {
-    architecture: Architecture,
+    architecture: Arch,
     convention: Convention,
     functions: &'a F,
 }
@@ -238,8 +239,8 @@ impl<F: Functions> Finder<'_, F> {
 
     /// In a function that `newproc1` is inlined into, the call
     /// `casgstatus(newg, _Gdead, ...)`, by which a new goroutine comes to life.
-    /// Everything but its id is set by then in every version; the id is when it
-    /// was taken before (from Go 1.24 on).
+    /// Everything that a spawn is counted by (`gopc`, `startpc`) is set by then in
+    /// every version; its id only from Go 1.24 on.
     fn made_runnable(&self, code: &Code) -> Result<Vaddr, String> {
         /// `_Gdead` in `runtime/runtime2.go`, Go 1.18 to 1.27.
         const DEAD: u64 = 6;
@@ -249,9 +250,7 @@ impl<F: Functions> Finder<'_, F> {
             .entry("runtime.casgstatus")
             .ok_or("there is no casgstatus")?;
         let mut revived = Vec::new();
-        let mut taken = Vec::new();
         let mut unclear = false;
-        let additions = Additions::new(self.functions, self.convention);
         walk(code, first, |instruction, values| {
             if instruction.kind == Kind::Call(casgstatus) {
                 match values.get(second) {
@@ -259,9 +258,6 @@ impl<F: Functions> Finder<'_, F> {
                     Value::Constant(_) => {}
                     _ => unclear = true,
                 }
-            }
-            if additions.takes_ids(instruction, values) {
-                taken.push(instruction.addr);
             }
         });
         let &[place] = revived.as_slice() else {
@@ -273,11 +269,6 @@ impl<F: Functions> Finder<'_, F> {
         let index = code.index_of(place).ok_or("no instruction")?;
         if !self.exactly_once(code, index) {
             return Err("the call of casgstatus may be passed by or repeated".to_owned());
-        }
-        let behind = code.reachable([index + 1], |index| self.never_returns(code, index));
-        let late = |addr: &Vaddr| code.index_of(*addr).is_none_or(|index| behind[index]);
-        if taken.is_empty() || taken.iter().any(late) {
-            return Err("the goroutine has no id yet at the call of casgstatus".to_owned());
         }
         Ok(place)
     }

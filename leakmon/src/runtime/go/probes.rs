@@ -31,7 +31,7 @@ const REASONS: &[&str] = &[
 pub struct Probes {
     /// What can be attached.
     pub plan: Plan,
-    /// Why [`Tier::Blocking`] cannot be, if it cannot.
+    /// Why what [`Tier::Blocking`] adds cannot be, if it cannot.
     pub blocking_refused: Option<String>,
 }
 

@@ -21,12 +21,15 @@ const CHUNK: usize = 1 << 20;
 
 /// Packages whose functions are looked up by name: those that make, park and
 /// end goroutines.
-const PACKAGES: [&[u8]; 5] = [
+const PACKAGES: [&[u8]; 7] = [
     b"runtime.",
     b"sync.",
     b"reflect.",
     b"internal/sync.",
     b"internal/poll.",
+    // Where the atomic operations are not inlined; renamed in 1.23.
+    b"internal/runtime/atomic.",
+    b"runtime/internal/atomic.",
 ];
 
 /// Most wait reasons that a runtime is believed to have; 1.27 has 47.
@@ -403,15 +406,14 @@ fn search_data<M: Memory>(
                 .collect();
             for (i, window) in words.windows(4).enumerate() {
                 let addr = base.wrapping_add(i as u64 * 8);
-                if found.moduledata.is_none() {
-                    if let Some(table) =
+                if found.moduledata.is_none()
+                    && let Some(table) =
                         tables.iter().find(|t| t.0 == window[0] && t.1 == window[1])
-                    {
-                        found.moduledata = Some(Moduledata {
-                            addr,
-                            pclntab: table.2,
-                        });
-                    }
+                {
+                    found.moduledata = Some(Moduledata {
+                        addr,
+                        pclntab: table.2,
+                    });
                 }
                 if window[1] == FIRST && window[3] == SECOND && found.wait_reasons.is_none() {
                     let first = memory.bytes(RuntimeAddr(window[0]), FIRST as usize);

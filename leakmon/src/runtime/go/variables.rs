@@ -20,7 +20,8 @@ use std::collections::BTreeSet;
 
 use crate::binary::addr::Vaddr;
 use crate::binary::disasm::values::{Value, Values, walk};
-use crate::binary::disasm::{Access, Addend, Architecture, Code, Instruction, Kind, Register};
+use crate::binary::disasm::{Access, Addend, Code, Instruction, Kind, Register};
+use crate::binary::elf::Arch;
 
 /// The functions of a binary: what pclntab and the text segment say.
 pub trait Functions {
@@ -68,12 +69,12 @@ pub struct Convention {
 
 impl Convention {
     /// That of an architecture.
-    pub fn of(architecture: Architecture) -> Convention {
+    pub fn of(architecture: Arch) -> Convention {
         let [first, second, third, g] = match architecture {
             // AX, BX, CX; R14.
-            Architecture::X86_64 => [0, 3, 1, 14],
+            Arch::X86_64 => [0, 3, 1, 14],
             // R0, R1, R2; R28.
-            Architecture::Aarch64 => [0, 1, 2, 28],
+            Arch::Aarch64 => [0, 1, 2, 28],
         };
         Convention {
             arguments: [first, second, third].map(Register::new),
@@ -103,10 +104,7 @@ pub struct Variables {
 
 impl Variables {
     /// Finds them.
-    pub fn find(
-        architecture: Architecture,
-        functions: &impl Functions,
-    ) -> Result<Variables, Refused> {
+    pub fn find(architecture: Arch, functions: &impl Functions) -> Result<Variables, Refused> {
         let convention = Convention::of(architecture);
         let allgadd = Allgadd::read(architecture, functions, convention)?;
         let (sched, ngsys) = sched(architecture, functions, convention)?;
@@ -137,7 +135,7 @@ impl Variables {
 
 /// Decodes a function that must be there and understood to its last byte.
 pub(super) fn decode(
-    architecture: Architecture,
+    architecture: Arch,
     functions: &impl Functions,
     name: &'static str,
 ) -> Result<Code, Refused> {
@@ -168,7 +166,7 @@ impl Allgadd {
     const NAME: &'static str = "runtime.allgadd";
 
     fn read(
-        architecture: Architecture,
+        architecture: Arch,
         functions: &impl Functions,
         convention: Convention,
     ) -> Result<Allgadd, Refused> {
@@ -332,17 +330,11 @@ impl Additions {
             addend,
         })
     }
-
-    /// The instruction takes a batch of goroutine ids from `sched.goidgen`.
-    pub(super) fn takes_ids(&self, instruction: &Instruction, values: &Values) -> bool {
-        self.of(instruction, values)
-            .is_some_and(|addition| addition.width == 8 && addition.addend == GOID_BATCH)
-    }
 }
 
 /// `sched` and `sched.ngsys`.
 fn sched(
-    architecture: Architecture,
+    architecture: Arch,
     functions: &impl Functions,
     convention: Convention,
 ) -> Result<(Vaddr, Vaddr), Refused> {

@@ -76,8 +76,8 @@ fn found(places: &[Found]) -> Vec<(Role, Vaddr, u8)> {
 #[test]
 fn variables_are_where_the_symbols_say() {
     for (text, architecture, status, ngsys) in [
-        (GO118_AMD64, Architecture::X86_64, 144, 72),
-        (GO127_ARM64, Architecture::Aarch64, 144, 96),
+        (GO118_AMD64, Arch::X86_64, 144, 72),
+        (GO127_ARM64, Arch::Aarch64, 144, 96),
     ] {
         let binary = Binary::read(text);
         let variables = Variables::find(architecture, &binary).expect("found");
@@ -94,7 +94,7 @@ fn variables_are_where_the_symbols_say() {
 #[test]
 fn places_in_go_1_18_on_amd64() {
     let binary = Binary::read(GO118_AMD64);
-    let places = Places::find(Architecture::X86_64, &binary);
+    let places = Places::find(Arch::X86_64, &binary);
     assert_eq!(
         found(&places.lifecycle.expect("proven")),
         [
@@ -122,7 +122,7 @@ fn places_in_go_1_18_on_amd64() {
 #[test]
 fn places_in_go_1_27_on_arm64() {
     let binary = Binary::read(GO127_ARM64);
-    let places = Places::find(Architecture::Aarch64, &binary);
+    let places = Places::find(Arch::Aarch64, &binary);
     assert_eq!(
         found(&places.lifecycle.expect("proven")),
         [
@@ -150,7 +150,7 @@ fn a_profile_that_inlines_runqput_and_gopark() {
         .entries
         .insert("runtime.semacquire1", binary.entries["runtime.ready"]);
     binary.code.insert("runtime.semacquire1", ready);
-    let places = Places::find(Architecture::X86_64, &binary);
+    let places = Places::find(Arch::X86_64, &binary);
     assert_eq!(
         found(&places.lifecycle.expect("proven")),
         [
@@ -184,7 +184,7 @@ fn a_profile_that_inlines_runqput_and_gopark() {
 fn a_missing_function_is_named() {
     let mut binary = Binary::read(GO118_AMD64);
     binary.entries.remove("runtime.goexit0");
-    let places = Places::find(Architecture::X86_64, &binary);
+    let places = Places::find(Arch::X86_64, &binary);
     assert_eq!(
         places.lifecycle.map_err(|refused| refused.to_string()),
         Err("runtime.goexit0: not in the function table".to_owned())
@@ -209,8 +209,8 @@ fn a_branch_into_the_gap_behind_a_wait_refuses_the_resume() {
         variables: BTreeMap::new(),
     };
     let finder = Finder {
-        architecture: Architecture::X86_64,
-        convention: Convention::of(Architecture::X86_64),
+        architecture: Arch::X86_64,
+        convention: Convention::of(Arch::X86_64),
         functions: &binary,
     };
     assert_eq!(
@@ -246,9 +246,9 @@ fn mutated_functions() {
         (state % below.max(1) as u64) as usize
     };
     for (text, architecture) in [
-        (GO118_AMD64, Architecture::X86_64),
-        (GO120_AMD64_PROFILE, Architecture::X86_64),
-        (GO127_ARM64, Architecture::Aarch64),
+        (GO118_AMD64, Arch::X86_64),
+        (GO120_AMD64_PROFILE, Arch::X86_64),
+        (GO127_ARM64, Arch::Aarch64),
     ] {
         let whole = Binary::read(text);
         for _ in 0..500 {
@@ -278,6 +278,6 @@ fn mutated_functions() {
     }
 }
 
-fn finder_code(architecture: Architecture, binary: &Binary, function: &'static str) -> Code {
+fn finder_code(architecture: Arch, binary: &Binary, function: &'static str) -> Code {
     decode(architecture, binary, function).expect("a place was found in it")
 }
