@@ -215,7 +215,11 @@ impl Watcher {
             if matches!(attachment, Attachment::Pending) {
                 attachment = self.attach(&census)?;
             }
-            if self.wait(n) {
+            if self.is_last(n) || self.wait(self.due(n) + self.args.interval / 2) {
+                break;
+            }
+            census.sample().map_err(|refusal| self.failure(&refusal))?;
+            if self.wait(self.due(n + 1)) {
                 break;
             }
         }
@@ -377,7 +381,7 @@ impl Watcher {
                 threads,
                 reason.clone(),
             ));
-            if self.wait(n) {
+            if self.is_last(n) || self.wait(self.due(n + 1)) {
                 break;
             }
         }
@@ -389,13 +393,20 @@ impl Watcher {
         let _ = self.events.send(Event::Report(Box::new(report)));
     }
 
-    /// Waits for interval `n + 1`; whether the watch is over instead.
-    fn wait(&self, n: u32) -> bool {
-        let next = self.args.interval.saturating_mul(n.saturating_add(1));
-        if self.args.once || self.args.duration.is_some_and(|duration| next > duration) {
-            return true;
-        }
-        let left = next.saturating_sub(self.started.elapsed());
+    /// When report `n` is due, after the start.
+    fn due(&self, n: u32) -> Duration {
+        self.args.interval.saturating_mul(n)
+    }
+
+    /// Whether no report follows report `n`.
+    fn is_last(&self, n: u32) -> bool {
+        let next = self.due(n.saturating_add(1));
+        self.args.once || self.args.duration.is_some_and(|duration| next > duration)
+    }
+
+    /// Waits until `at` after the start; whether the watch is over instead.
+    fn wait(&self, at: Duration) -> bool {
+        let left = at.saturating_sub(self.started.elapsed());
         !matches!(
             self.stopped.recv_timeout(left),
             Err(RecvTimeoutError::Timeout)

@@ -58,6 +58,10 @@ const MAX_REMEMBERED: usize = 1 << 16;
 /// Most goroutines that are believed to exist.
 const MAX_GOROUTINES: u64 = 1 << 28;
 
+/// Censuses after which a goroutine is known to stand still: with a reading
+/// between them, one that runs would have hidden it four times in a row.
+const SURE: u8 = 2;
+
 /// Times a goroutine that changed while it was read is read again.
 const RETRIES: usize = 3;
 
@@ -215,8 +219,10 @@ enum Start {
 #[derive(Clone, Copy, Debug)]
 struct Remembered {
     g: RawG,
-    /// CLOCK_MONOTONIC nanoseconds of the first census that found it so.
+    /// CLOCK_MONOTONIC nanoseconds of the first reading that found it so.
     since: u64,
+    /// Censuses in a row that found it unchanged.
+    still: u8,
     stack: Option<StackId>,
     site: SiteId,
 }
@@ -434,6 +440,10 @@ impl<M: Memory> Census<M> {
         self.remembered[read.index] = Some(Remembered {
             g: read.g,
             since,
+            still: match before {
+                Some(before) if not_run => before.still.saturating_add(1),
+                _ => 0,
+            },
             stack,
             site,
         });
@@ -463,6 +473,38 @@ impl<M: Memory> Census<M> {
             group.oldest = age;
             group.sample = read.g.goid;
         }
+    }
+
+    /// Looks once more, between two censuses, at goroutines that the last one
+    /// found blocked and that are not yet known to stand still.
+    ///
+    /// `g.trackingSeq` has eight bits: one that runs 256 times between two
+    /// censuses looks as if it had not run. With a reading in between it would
+    /// have to do so in both halves.
+    ///
+    /// # Errors
+    /// As [`Census::population`].
+    pub fn sample(&mut self) -> Result<(), Refusal> {
+        let now = monotonic_ns();
+        let unsure: Vec<usize> = self
+            .remembered
+            .iter()
+            .enumerate()
+            .filter(|(_, slot)| slot.is_some_and(|slot| slot.still < SURE))
+            .map(|(index, _)| index)
+            .collect();
+        for indices in unsure.chunks(BATCH) {
+            let slots = indices.iter().filter_map(|index| self.remembered[*index]);
+            let addrs: Vec<RuntimeAddr> = slots.map(|slot| slot.g.addr).collect();
+            for (index, g) in indices.iter().zip(self.read_gs(&addrs)?) {
+                if let Some(slot) = &mut self.remembered[*index]
+                    && !slot.g.is_still(&g)
+                {
+                    (slot.g, slot.since, slot.still, slot.stack) = (g, now, 0, None);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Every goroutine with its whole stack, in the order of `runtime.allgs`.
