@@ -22,7 +22,7 @@ use crate::report::{self, Observation, Probed, Report, TierReason, When, json, t
 use crate::runtime::go::census::Census;
 use crate::runtime::go::probes::{self, Probes};
 use crate::runtime::go::{self, program::Refusal};
-use crate::task::{Checkpoint, Flow, rates, reconcile};
+use crate::task::{Checkpoint, Coverage, Flow, rates, reconcile};
 
 use super::{Colour, Exit, Failure, Format, TierArg, WatchArgs, exit_of};
 
@@ -299,6 +299,12 @@ impl Watcher {
             rates: rates(&probing.before, &flow, attached),
             reconciliation,
             overhead: interval.overhead,
+            coverage: Coverage {
+                spawns: interval.lifecycle,
+                waits: interval.blocking,
+                all_spawns: status.gaps == 0,
+                all_waits: status.wait_gaps == 0,
+            },
         };
         let tier_reason = match (&probing.unavailable, self.args.tier) {
             _ if status.tier < probing.highest => TierReason::SteppedDown,
