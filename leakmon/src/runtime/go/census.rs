@@ -19,6 +19,7 @@ use crate::task::{
     Age, Dump, Group, Population, Site, SiteId, SiteKey, Stack, StackId, State, Task,
 };
 
+use super::labels;
 use super::layout::{self, Layout, status};
 use super::pclntab::TextOffset;
 use super::program::{Program, Refusal};
@@ -549,7 +550,7 @@ impl<M: Memory> Census<M> {
                     locked_to_thread: g.lockedm != 0,
                     site: tallies.site(g.site()),
                     stack,
-                    labels: self.labels(g.labels),
+                    labels: labels::read(&self.memory, &self.program.layout, g.labels),
                 });
             }
         }
@@ -847,33 +848,6 @@ impl<M: Memory> Census<M> {
             _ if name.starts_with(b"runtime.") => Start::System,
             _ => Start::User,
         }
-    }
-
-    /// The pprof labels at `addr`: runtime/pprof/label.go from Go 1.24 on.
-    fn labels(&self, addr: u64) -> Vec<(Arc<str>, Arc<str>)> {
-        /// More labels, or longer ones, than anybody sets are not believed.
-        const MOST: u64 = 64;
-        if addr == 0 || !self.program.layout.labels_are_slice {
-            return Vec::new();
-        }
-        let word = |at: u64| self.memory.u64_at(RuntimeAddr(at)).ok();
-        let string = |at: u64| {
-            let (data, len) = (word(at)?, word(at.wrapping_add(8))?);
-            let bytes = self
-                .memory
-                .bytes(RuntimeAddr(data), len.min(1024) as usize)
-                .ok()?;
-            Some(Arc::<str>::from(String::from_utf8_lossy(&bytes)))
-        };
-        let (Some(list), Some(len)) = (word(addr), word(addr.wrapping_add(8))) else {
-            return Vec::new();
-        };
-        (0..len.min(MOST))
-            .map_while(|i| {
-                let at = list.wrapping_add(i * 32);
-                Some((string(at)?, string(at.wrapping_add(16))?))
-            })
-            .collect()
     }
 }
 

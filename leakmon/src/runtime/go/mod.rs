@@ -11,6 +11,7 @@
 
 pub mod buildinfo;
 pub mod census;
+pub mod labels;
 pub mod layout;
 pub mod pclntab;
 pub mod places;
