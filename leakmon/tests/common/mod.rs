@@ -393,3 +393,8 @@ pub(crate) fn state(pid: u32) -> Option<char> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit_once(") ")?.1.chars().next()
 }
+
+/// The `go` command: what `LEAKMON_GO` names, or the one in `PATH`.
+pub(crate) fn go() -> PathBuf {
+    std::env::var_os("LEAKMON_GO").map_or_else(|| PathBuf::from("go"), PathBuf::from)
+}
