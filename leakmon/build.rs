@@ -34,8 +34,12 @@ fn compile() -> Result<()> {
         None if exists(LINKED) => LINKED,
         None => "nightly",
     };
+    // aya-build shows what its cargo says as warnings of this build: have it say
+    // no more than is wrong.
+    // SAFETY: the build script has one thread.
+    unsafe { std::env::set_var("CARGO_TERM_QUIET", "true") };
     if toolchain == LINKED {
-        // SAFETY: the build script has one thread.
+        // SAFETY: as above.
         unsafe { std::env::set_var("RUSTC_BOOTSTRAP", "1") };
     }
     aya_build::build_ebpf(

@@ -22,7 +22,7 @@ use crate::report::{self, Observation, Probed, Report, TierReason, When, json, t
 use crate::runtime::go::census::Census;
 use crate::runtime::go::probes::{self, Probes};
 use crate::runtime::go::{self, program::Refusal};
-use crate::task::{Checkpoint, Flow, rates, reconcile};
+use crate::task::{Checkpoint, Coverage, Flow, rates, reconcile};
 
 use super::{Colour, Exit, Failure, Format, TierArg, WatchArgs, exit_of};
 
@@ -239,7 +239,18 @@ impl Watcher {
             if matches!(attachment, Attachment::Pending) {
                 attachment = self.attach(&census)?;
             }
-            if self.wait() {
+            let Some(due) = self.next_due() else {
+                break;
+            };
+            if self.wait(due.saturating_sub(self.args.interval / 2)) {
+                break;
+            }
+            match census.sample() {
+                Err(refusal) if ends_a_watch(&refusal) => return Err(self.failure(&refusal)),
+                // The next census finds out whether it lasts.
+                Err(_) | Ok(()) => {}
+            }
+            if self.wait(due) {
                 break;
             }
         }
@@ -318,6 +329,12 @@ impl Watcher {
             rates: rates(&probing.before, &flow, attached),
             reconciliation,
             overhead: interval.overhead,
+            coverage: Coverage {
+                spawns: interval.lifecycle,
+                waits: interval.blocking,
+                all_spawns: status.gaps == 0,
+                all_waits: status.wait_gaps == 0,
+            },
         };
         let tier_reason = match (&probing.unavailable, self.args.tier) {
             _ if status.tier < probing.highest => TierReason::SteppedDown,
@@ -408,7 +425,10 @@ impl Watcher {
             let threads = self.threads().map_err(|ended| self.failure(&ended))?;
             let when = self.when();
             self.send(Report::refused(when, self.about(), threads, reason.clone()));
-            if self.wait() {
+            let Some(due) = self.next_due() else {
+                break;
+            };
+            if self.wait(due) {
                 break;
             }
         }
@@ -420,19 +440,21 @@ impl Watcher {
         let _ = self.events.send(Event::Report(Box::new(report)));
     }
 
-    /// Waits for the next interval; whether the watch is over instead.
-    /// Intervals that have gone by meanwhile are passed over.
-    fn wait(&self) -> bool {
+    /// When the next report is due, after the start; `None` when there is none.
+    /// Those that were due meanwhile, during a long census, are passed over.
+    fn next_due(&self) -> Option<Duration> {
         if self.args.once {
-            return true;
+            return None;
         }
         let interval = self.args.interval.as_nanos();
         let next = (self.started.elapsed().as_nanos() / interval + 1).saturating_mul(interval);
         let next = Duration::from_nanos(u64::try_from(next).unwrap_or(u64::MAX));
-        if self.args.duration.is_some_and(|duration| next > duration) {
-            return true;
-        }
-        let left = next.saturating_sub(self.started.elapsed());
+        (self.args.duration.is_none_or(|duration| next <= duration)).then_some(next)
+    }
+
+    /// Waits until `at` after the start; whether the watch is over instead.
+    fn wait(&self, at: Duration) -> bool {
+        let left = at.saturating_sub(self.started.elapsed());
         !matches!(
             self.stopped.recv_timeout(left),
             Err(RecvTimeoutError::Timeout)

@@ -28,8 +28,10 @@ struct State {
     governor: Governor,
     /// Why nothing is attached any more.
     failed: Option<String>,
-    /// Times that a probe was detached: figures across it are samples.
+    /// Times that spawn and exit were detached.
     gaps: u64,
+    /// Times that park and resume were detached.
+    wait_gaps: u64,
     stop: bool,
 }
 
@@ -46,6 +48,8 @@ pub struct Status {
     /// Grows with every detaching: between two equal values the spawns and
     /// exits were counted without a break.
     pub gaps: u64,
+    /// The same for the timing of waits.
+    pub wait_gaps: u64,
 }
 
 impl Driver {
@@ -57,6 +61,7 @@ impl Driver {
                 governor,
                 failed: None,
                 gaps: 0,
+                wait_gaps: 0,
                 stop: false,
             }),
             wake: Condvar::new(),
@@ -92,6 +97,7 @@ impl Driver {
             attached: state.attached.tier(),
             failed: state.failed.clone(),
             gaps: state.gaps,
+            wait_gaps: state.wait_gaps,
         }
     }
 }
@@ -146,9 +152,8 @@ impl State {
             self.attached
                 .set_tier(step.tier)
                 .map_err(|error| error.to_string())?;
-            if step.tier < Tier::Lifecycle {
-                self.gaps += 1;
-            }
+            self.gaps += u64::from(before >= Tier::Lifecycle && step.tier < Tier::Lifecycle);
+            self.wait_gaps += u64::from(before >= Tier::Blocking && step.tier < Tier::Blocking);
         }
         Ok(step.after)
     }

@@ -76,6 +76,10 @@ struct TasksJson {
 struct ProbesJson<'a> {
     sampled: bool,
     attached_ratio: f64,
+    spawns_attached_ratio: f64,
+    waits_attached_ratio: f64,
+    spawns_complete: bool,
+    waits_complete: bool,
     spawned: u64,
     exited: u64,
     spawned_per_second: f64,
@@ -226,6 +230,10 @@ impl<'a> ProbesJson<'a> {
         ProbesJson {
             sampled: flow.sampled(),
             attached_ratio: overhead.attached,
+            spawns_attached_ratio: flow.coverage.spawns,
+            waits_attached_ratio: flow.coverage.waits,
+            spawns_complete: flow.coverage.all_spawns,
+            waits_complete: flow.coverage.all_waits,
             spawned: flow.spawned,
             exited: flow.exited,
             spawned_per_second: flow.rates.spawned_per_second,

@@ -18,7 +18,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::leak::{History, Verdict};
 use crate::task::{
-    Flow, Overhead, Population, Rates, Reconciliation, SiteState, State, Tier, merge,
+    Coverage, Flow, Overhead, Population, Rates, Reconciliation, SiteState, State, Tier, merge,
 };
 
 /// The process that a report is about.
@@ -82,6 +82,8 @@ pub struct Probed<'a> {
     pub reconciliation: Option<Reconciliation>,
     /// What they cost the target over the last interval.
     pub overhead: Overhead,
+    /// How much they saw.
+    pub coverage: Coverage,
 }
 
 /// What was seen of a process's tasks in one interval.
@@ -167,6 +169,8 @@ pub struct FlowTotals {
     pub reconciliation: Option<Reconciliation>,
     /// What the probes cost the target.
     pub overhead: Overhead,
+    /// How much they saw.
+    pub coverage: Coverage,
 }
 
 impl FlowTotals {
@@ -214,6 +218,7 @@ impl Report {
                 dropped: probed.flow.dropped.clone(),
                 reconciliation: probed.reconciliation,
                 overhead: probed.overhead,
+                coverage: probed.coverage,
             }
         });
         Report {

@@ -299,6 +299,9 @@ fn head(canvas: &mut Canvas, tasks: &Tasks) {
             count(tasks.system)
         ));
     }
+    if tasks.unstable > 0 {
+        states.push(format!("({} changed while read)", count(tasks.unstable)));
+    }
     canvas.row(tasks.runtime.tasks, &states);
 
     if let Some(flow) = &tasks.flow {
@@ -343,7 +346,11 @@ fn head(canvas: &mut Canvas, tasks: &Tasks) {
 }
 
 fn flow_rows(canvas: &mut Canvas, flow: &FlowTotals) {
-    let about = if flow.sampled() { "about " } else { "" };
+    let about = if flow.coverage.spawns < 1.0 {
+        "about "
+    } else {
+        ""
+    };
     canvas.row(
         "flow",
         &[
@@ -353,7 +360,11 @@ fn flow_rows(canvas: &mut Canvas, flow: &FlowTotals) {
                 "({} and {} {})",
                 count(flow.spawned),
                 count(flow.exited),
-                if flow.sampled() { "counted" } else { "in all" }
+                if flow.coverage.all_spawns {
+                    "in all"
+                } else {
+                    "counted"
+                }
             ),
         ],
     );
@@ -411,8 +422,10 @@ fn sites(canvas: &mut Canvas, tasks: &Tasks, top: usize) {
     let heading = format!("{heading:0$}", canvas.width);
     let text = canvas.styled(Style::Heading, &heading).into_owned();
     canvas.line(&text);
+    let flow = tasks.flow.as_ref();
+    let all_waits = flow.is_none_or(|flow| flow.coverage.all_waits);
     for site in &shown {
-        draw(canvas, site, &files);
+        draw(canvas, site, &files, all_waits);
     }
     let hidden = tasks.sites.len() - shown.len();
     if hidden > 0 {
@@ -427,14 +440,17 @@ fn sites(canvas: &mut Canvas, tasks: &Tasks, top: usize) {
     }
 }
 
-fn draw(canvas: &mut Canvas, site: &SiteReport, files: &FileNames<'_>) {
+fn draw(canvas: &mut Canvas, site: &SiteReport, files: &FileNames<'_>, all_waits: bool) {
     let state = &site.state;
     let main = site.verdict.as_ref().map_or(0, |verdict| verdict.wait);
     let wait = state.waits.get(main);
     let dash = || "-".to_owned();
     let quantile = |q| {
         wait.and_then(|wait| wait.durations.as_ref()?.quantile(q))
-            .map_or_else(dash, duration)
+            .map_or_else(dash, |time| {
+                let about = if all_waits { "" } else { "~" };
+                format!("{about}{}", duration(time))
+            })
     };
     let reason = match wait {
         Some(wait) => safe(&wait.reason),

@@ -330,6 +330,21 @@ pub struct Overhead {
     pub attached: f64,
 }
 
+/// How much of what happened the probes saw.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Coverage {
+    /// Share of the last interval in which spawns and exits were counted, 0 to 1.
+    pub spawns: f64,
+    /// Share of the last interval in which waits were timed, 0 to 1.
+    pub waits: f64,
+    /// Spawns and exits were counted without a break since the first time:
+    /// their totals are exact.
+    pub all_spawns: bool,
+    /// Waits were timed without a break since the first time. Otherwise long
+    /// ones are missing: a wait that a break cuts is not timed.
+    pub all_waits: bool,
+}
+
 /// Census and probes, held against each other.
 ///
 /// While probes are attached without a break, the live count by census must

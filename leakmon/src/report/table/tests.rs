@@ -5,8 +5,8 @@ use crate::leak::History;
 use crate::report::sample::{Census, frame_in, site};
 use crate::report::{Observation, Probed, Process, Runtime, When};
 use crate::task::{
-    Flow, Histogram, Overhead, Population, Rates, Reconciliation, Site, SiteFlow, SiteKey, Tier,
-    WaitFlow,
+    Coverage, Flow, Histogram, Overhead, Population, Rates, Reconciliation, Site, SiteFlow,
+    SiteKey, Tier, WaitFlow,
 };
 
 fn process() -> Process {
@@ -138,6 +138,12 @@ pub(crate) fn leaking() -> Report {
                         difference: 0,
                         uncertainty: 3,
                     }),
+                    coverage: Coverage {
+                        spawns: 1.0,
+                        waits: 1.0,
+                        all_spawns: true,
+                        all_waits: true,
+                    },
                     overhead: Overhead {
                         hits: 12_345,
                         cost_ns: 8_000_000,
@@ -229,6 +235,7 @@ fn what_is_sampled_lost_or_contradictory_is_said() {
     let tasks = report.tasks.as_mut().unwrap();
     let flow = tasks.flow.as_mut().unwrap();
     flow.overhead.attached = 0.25;
+    (flow.coverage.spawns, flow.coverage.all_spawns) = (0.25, false);
     flow.dropped.insert("site map full", 1200);
     flow.reconciliation = Some(Reconciliation {
         difference: -12,
@@ -246,6 +253,26 @@ fn what_is_sampled_lost_or_contradictory_is_said() {
             "dropped     1,200 hits: site map full",
         ]
     );
+}
+
+#[test]
+fn durations_with_gaps_are_marked() {
+    let mut report = leaking();
+    let marked = |report: &Report| {
+        let text = render(report, &Options::default());
+        text.lines().filter(|line| line.contains('~')).count()
+    };
+    assert_eq!(marked(&report), 0);
+    report
+        .tasks
+        .as_mut()
+        .unwrap()
+        .flow
+        .as_mut()
+        .unwrap()
+        .coverage
+        .all_waits = false;
+    assert_eq!(marked(&report), 1);
 }
 
 #[test]

@@ -79,6 +79,10 @@ const GS_AT_ONCE: usize = 1 << 16;
 /// Bytes of pprof labels that a dump keeps.
 const LABELS_MOST: usize = 64 << 20;
 
+/// Censuses after which a goroutine is known to stand still: with a reading
+/// between them, one that runs would have hidden it four times in a row.
+const SURE: u8 = 2;
+
 /// Times a goroutine that changed while it was read is read again.
 const RETRIES: usize = 3;
 
@@ -268,8 +272,10 @@ enum Start {
 #[derive(Clone, Copy, Debug)]
 struct Remembered {
     rest: Rest,
-    /// CLOCK_MONOTONIC nanoseconds of the first census that found it so.
+    /// CLOCK_MONOTONIC nanoseconds of the first reading that found it so.
     since: u64,
+    /// Censuses in a row that found it unchanged.
+    still: u8,
     stack: Option<StackId>,
     site: SiteId,
 }
@@ -552,6 +558,10 @@ impl<M: Memory> Census<M> {
         self.remembered[read.index] = Some(Remembered {
             rest: read.g.rest(),
             since,
+            still: match before {
+                Some(before) if not_run => before.still.saturating_add(1),
+                _ => 0,
+            },
             stack,
             site,
         });
@@ -581,6 +591,47 @@ impl<M: Memory> Census<M> {
             group.oldest = age;
             group.sample = read.g.goid;
         }
+    }
+
+    /// Looks once more, between two censuses, at goroutines that the last one
+    /// found blocked and that are not yet known to stand still.
+    ///
+    /// `g.trackingSeq` has eight bits: one that runs 256 times between two
+    /// censuses looks as if it had not run. With a reading in between it would
+    /// have to do so in both halves.
+    ///
+    /// # Errors
+    /// As [`Census::population`].
+    pub fn sample(&mut self) -> Result<(), Refusal> {
+        let now = monotonic_ns();
+        let unsure: Vec<usize> = self
+            .remembered
+            .iter()
+            .enumerate()
+            .filter(|(_, slot)| slot.is_some_and(|slot| slot.still < SURE))
+            .map(|(index, _)| index)
+            .collect();
+        for indices in unsure.chunks(BATCH) {
+            let slots = indices.iter().filter_map(|index| self.remembered[*index]);
+            let addrs: Vec<RuntimeAddr> = slots.map(|slot| slot.rest.addr).collect();
+            let gs = match self.read_gs(&addrs) {
+                Ok(gs) => gs,
+                Err(refusal) => {
+                    // Nothing is known to have stood still.
+                    self.remembered.clear();
+                    self.memory_check()?;
+                    return Err(refusal);
+                }
+            };
+            for (index, g) in indices.iter().zip(gs) {
+                if let Some(slot) = &mut self.remembered[*index]
+                    && !slot.rest.is_still(&g)
+                {
+                    (slot.rest, slot.since, slot.still, slot.stack) = (g.rest(), now, 0, None);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Every goroutine with its whole stack, in the order of `runtime.allgs`.
