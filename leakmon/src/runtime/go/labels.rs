@@ -2,13 +2,18 @@
 
 use std::sync::Arc;
 
+use rustc_hash::FxHashMap;
+
 use crate::binary::addr::RuntimeAddr;
 use crate::process::memory::Memory;
 
 use super::layout::Layout;
 
 /// Key and value of each label, by key.
-pub type Labels = Vec<(Arc<str>, Arc<str>)>;
+type LabelSet = Vec<(Arc<str>, Arc<str>)>;
+
+/// Bytes of labels that a dump keeps.
+const KEPT: usize = 64 << 20;
 
 /// More labels than anybody sets are not believed.
 const MOST: usize = 64;
@@ -19,21 +24,42 @@ const LONGEST: u64 = 1024;
 /// Bytes of a Go string's header.
 const STRING: u64 = 16;
 
-/// The labels at `addr`, a `runtime/pprof.labelMap` (runtime/pprof/label.go).
-/// Nobody changes them once they are set, so what cannot be read is none.
-pub fn read<M: Memory>(memory: &M, layout: &Layout, addr: u64) -> Labels {
-    if addr == 0 {
-        return Labels::new();
+/// The labels of a dump's goroutines. Those spawned by one have its own.
+#[derive(Debug, Default)]
+pub struct Labels {
+    by_addr: FxHashMap<u64, LabelSet>,
+    /// Bytes of all of them.
+    len: usize,
+}
+
+impl Labels {
+    /// The labels at `addr`, a `runtime/pprof.labelMap` (runtime/pprof/label.go);
+    /// none once there are too many.
+    ///
+    /// Nobody changes them once they are set, so what cannot be read is none.
+    pub fn of<M: Memory>(&mut self, memory: &M, layout: &Layout, addr: u64) -> LabelSet {
+        if addr == 0 {
+            return LabelSet::new();
+        }
+        if let Some(labels) = self.by_addr.get(&addr) {
+            return labels.clone();
+        }
+        if self.len > KEPT {
+            return LabelSet::new();
+        }
+        let reader = Reader { memory };
+        let read = if layout.labels_are_slice {
+            reader.slice(addr)
+        } else {
+            reader.map(addr)
+        };
+        let mut labels = read.unwrap_or_default();
+        labels.sort_unstable();
+        let texts = labels.iter().map(|(key, value)| key.len() + value.len());
+        self.len += texts.sum::<usize>() + 64;
+        self.by_addr.insert(addr, labels.clone());
+        labels
     }
-    let reader = Reader { memory };
-    let mut labels = if layout.labels_are_slice {
-        reader.slice(addr)
-    } else {
-        reader.map(addr)
-    }
-    .unwrap_or_default();
-    labels.sort_unstable();
-    labels
 }
 
 struct Reader<'a, M> {
@@ -53,7 +79,7 @@ impl<M: Memory> Reader<'_, M> {
     }
 
     /// A slice of pairs of strings: from Go 1.24 on.
-    fn slice(&self, addr: u64) -> Option<Labels> {
+    fn slice(&self, addr: u64) -> Option<LabelSet> {
         let list = self.word(addr)?;
         let len = self.word(addr.wrapping_add(8))?.min(MOST as u64);
         let pair = |i: u64| {
@@ -64,7 +90,7 @@ impl<M: Memory> Reader<'_, M> {
     }
 
     /// A map of strings, `runtime.hmap` in runtime/map.go: up to Go 1.23.
-    fn map(&self, addr: u64) -> Option<Labels> {
+    fn map(&self, addr: u64) -> Option<LabelSet> {
         /// Of a bucket, and of `abi.MapBucketCount` cells in it.
         const CELLS: u64 = 8;
         const OVERFLOW: u64 = CELLS + CELLS * 2 * STRING;
@@ -75,7 +101,7 @@ impl<M: Memory> Reader<'_, M> {
         const FILLED: u8 = 5;
         let map = self.word(addr)?;
         if map == 0 {
-            return Some(Labels::new());
+            return Some(LabelSet::new());
         }
         let count = self.word(map)?.min(MOST as u64) as usize;
         let flags = self.word(map.wrapping_add(8))?;
@@ -94,7 +120,7 @@ impl<M: Memory> Reader<'_, M> {
         let starts = (0..number)
             .map(|i| buckets.wrapping_add(i * BUCKET))
             .chain((0..old_number).map(|i| old.wrapping_add(i * BUCKET)));
-        let mut labels = Labels::new();
+        let mut labels = LabelSet::new();
         for start in starts {
             let mut bucket = start;
             // A chain that is longer than all labels is none.
