@@ -2,6 +2,7 @@
 //! the linker writes and `strip` keeps.
 
 use crate::binary::elf::{Elf, ElfError, ReadAt};
+use crate::task::human::safe;
 
 /// First bytes of the blob: `buildInfoMagic`, debug/buildinfo/buildinfo.go.
 const MAGIC: &[u8; 14] = b"\xff Go buildinf:";
@@ -88,7 +89,7 @@ pub fn parse(bytes: &[u8]) -> BuildInfo {
         .ok()
         .filter(|len| *len <= 1024)
         .and_then(|len| rest.get(used..used.checked_add(len)?))
-        .map(|text| String::from_utf8_lossy(text).into_owned());
+        .map(|text| safe(&String::from_utf8_lossy(text)).into_owned());
     match text {
         Some(text) => match minor(&text) {
             Some(minor) => BuildInfo::Version(Version { minor, text }),
