@@ -22,6 +22,9 @@ const INLINE: u8 = 2;
 /// may put relocated read-only data before it.
 const SEARCH: u64 = 16 << 20;
 
+/// Most writable segments that are searched; linkers make up to three.
+const MAX_SEGMENTS: usize = 16;
+
 /// A Go version, `1.minor.patch`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version {
@@ -60,7 +63,8 @@ pub fn read<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Result<BuildInfo, ElfErr
             })?;
         return Ok(parse(&bytes));
     }
-    for segment in elf.segments.iter().filter(|s| s.writable) {
+    let writable = elf.segments.iter().filter(|s| s.writable);
+    for segment in writable.take(MAX_SEGMENTS) {
         let bytes = elf.read(file, segment.vaddr, segment.file_size.min(SEARCH))?;
         match parse(&bytes) {
             BuildInfo::Absent => {}
