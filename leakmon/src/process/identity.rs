@@ -125,16 +125,24 @@ impl Process {
             return Err(ProcessError::KernelThread(pid, comm));
         }
         let link = format!("/proc/{pid}/exe");
+        // An ending process gives up its files before it counts as ended.
+        let ended = || match self::stat(pid) {
+            Some(now) if now.starttime == stat.starttime => ProcessError::Zombie(pid, comm.clone()),
+            _ => ProcessError::NoSuchProcess(pid),
+        };
         let on_io = |what: &'static str| {
-            let comm = comm.clone();
+            let (comm, ended) = (comm.clone(), &ended);
             move |error: io::Error| match error.raw_os_error().map(Errno::from_raw) {
                 Some(Errno::EACCES | Errno::EPERM) => ProcessError::NotPermitted(pid, comm, what),
-                Some(Errno::ESRCH | Errno::ENOENT) => ProcessError::NoSuchProcess(pid),
+                Some(Errno::ESRCH | Errno::ENOENT) => ended(),
                 _ => ProcessError::Other(pid, format!("{what}: {error}")),
             }
         };
         let witness =
             Witness::open(pid, stat.starttime).map_err(on_io("reading its auxiliary vector"))?;
+        if witness.auxv().is_empty() {
+            return Err(ended());
+        }
         let path = std::fs::read_link(&link).map_err(on_io("reading /proc/PID/exe"))?;
         let executable = File::open(&link).map_err(on_io("opening its executable"))?;
         let entry = auxv_entry(witness.auxv(), AT_ENTRY).unwrap_or(0);

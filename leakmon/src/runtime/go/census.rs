@@ -503,9 +503,13 @@ impl<M: Memory> Census<M> {
         };
         let mut groups = Groups::default();
         let gs = self.all_gs()?;
-        self.remembered.resize(gs.len(), None);
+        self.remembered.truncate(gs.len());
         for first in (0..gs.len()).step_by(BATCH) {
             let batch = &gs[first..gs.len().min(first + BATCH)];
+            // Grows by goroutines that are really there.
+            if self.remembered.len() < first + batch.len() {
+                self.remembered.resize(first + batch.len(), None);
+            }
             for read in self.read_batch(batch, first, CENSUS_FRAMES, true)? {
                 self.tally(&read, now, &mut population, &mut groups);
             }
