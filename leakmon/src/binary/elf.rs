@@ -250,6 +250,26 @@ impl Elf {
         self.sections.iter().find(|s| s.name == name)
     }
 
+    /// The build id that GNU tools know the file by, in hexadecimal.
+    pub fn build_id<R: ReadAt + ?Sized>(&self, file: &R) -> Option<String> {
+        /// Longest id that is believed, in bytes; a SHA-1 has 20.
+        const MAX: u64 = 64;
+        let section = self.section(".note.gnu.build-id")?;
+        let note = file
+            .bytes_at(section.offset, section.size.min(16 + MAX))
+            .ok()?;
+        let word = |at: usize| {
+            let bytes = note.get(at..at + 4)?;
+            Some(u32::from_le_bytes(bytes.try_into().ok()?))
+        };
+        // NT_GNU_BUILD_ID of owner GNU.
+        if word(0)? != 4 || word(8)? != 3 || note.get(12..16)? != b"GNU\0" {
+            return None;
+        }
+        let id = note.get(16..16 + word(4)? as usize)?;
+        Some(id.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
     /// Where the byte at `vaddr` is in the file.
     pub fn file_offset(&self, vaddr: Vaddr) -> Option<FileOffset> {
         self.segments.iter().find_map(|s| {

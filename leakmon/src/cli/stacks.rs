@@ -33,8 +33,11 @@ pub fn run(args: &StacksArgs) -> Result<Exit, Failure> {
         StacksFormat::Pprof => Format::Pprof,
     };
     let executable = process.identity.executable.to_string_lossy();
+    let program = census.program();
+    let build_id = program.elf.build_id(&program.file);
     let origin = Origin {
         executable: &executable,
+        build_id: build_id.as_deref(),
         at: SystemTime::now(),
     };
     let mut out = io::BufWriter::with_capacity(BUFFER, io::stdout().lock());

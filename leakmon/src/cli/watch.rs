@@ -30,6 +30,11 @@ use super::{Colour, Exit, Failure, Format, TierArg, WatchArgs, exit_of};
 /// taken.
 type KernelSlot = Arc<OnceLock<Result<(Kernel, probe::Cost), Error>>>;
 
+/// How long the end waits for a watcher. One may be in the middle of a census,
+/// or in a read that the target holds up; what it has attached goes with the
+/// process in any case.
+const FAREWELL: Duration = Duration::from_secs(3);
+
 impl TierArg {
     fn tier(self) -> Tier {
         match self {
@@ -80,7 +85,12 @@ async fn watch(args: WatchArgs, processes: Vec<Process>) -> Result<Exit, Failure
     let kernel = KernelSlot::default();
     if !args.once && args.tier != Some(TierArg::Census) {
         let kernel = Arc::clone(&kernel);
-        std::thread::spawn(move || kernel.set(probe::load()));
+        std::thread::spawn(move || {
+            // Watchers wait for it, whatever happens here.
+            let loaded = std::panic::catch_unwind(probe::load)
+                .unwrap_or_else(|_| Err(Error::Object("loading it panicked".to_owned())));
+            kernel.set(loaded)
+        });
     }
     let (events, mut reports) = tokio::sync::mpsc::unbounded_channel();
     let mut stops = Vec::new();
@@ -94,6 +104,7 @@ async fn watch(args: WatchArgs, processes: Vec<Process>) -> Result<Exit, Failure
             events: events.clone(),
             stopped,
             started: Instant::now(),
+            last: None,
             history: History::new(),
             process,
         };
@@ -134,9 +145,18 @@ async fn watch(args: WatchArgs, processes: Vec<Process>) -> Result<Exit, Failure
     }
     // Watchers wait on these: dropping them ends each, and detaches its probes.
     drop(stops);
+    let limit = Instant::now() + FAREWELL;
     for watcher in watchers {
-        // A panic of it was printed where it happened.
-        let _ = watcher.join();
+        while !watcher.is_finished() && Instant::now() < limit {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // A panic was printed where it happened.
+        if watcher.is_finished() && watcher.join().is_err() && outcome.is_ok() {
+            outcome = Err(Failure {
+                message: "a watch ended by an error of leakmon's own; please report it".to_owned(),
+                exit: Exit::Failure,
+            });
+        }
     }
     screen.finish();
     outcome
@@ -150,6 +170,8 @@ struct Watcher {
     /// Its other end is dropped when the watch is to end.
     stopped: mpsc::Receiver<()>,
     started: Instant,
+    /// When the last report was made.
+    last: Option<Instant>,
     history: History,
     process: Process,
 }
@@ -161,7 +183,9 @@ struct Probing {
     unavailable: Option<String>,
     /// A census since which spawns and exits were counted without a break.
     base: Option<(Checkpoint, u64)>,
+    /// What had been counted at the last report, and when that was.
     before: Flow,
+    counted_at: Instant,
 }
 
 /// Why a process has no probes, or its probes.
@@ -185,7 +209,7 @@ impl Watcher {
     fn watch(&mut self) -> Result<Exit, Failure> {
         match go::open(&self.process) {
             Ok(census) => self.watch_goroutines(census),
-            Err(refusal @ Refusal::Memory(_)) => Err(self.failure(&refusal)),
+            Err(refusal) if ends_a_watch(&refusal) => Err(self.failure(&refusal)),
             Err(refusal) => self.watch_threads(&refusal),
         }
     }
@@ -201,11 +225,11 @@ impl Watcher {
             _ if self.args.once => Attachment::None(TierReason::Fixed),
             _ => Attachment::Pending,
         };
-        for n in 0.. {
-            let observed = self.observe(n, &runtime, &mut census, &mut attachment);
+        loop {
+            let observed = self.observe(&runtime, &mut census, &mut attachment);
             let report = match observed {
                 Ok(report) => report,
-                Err(refusal @ Refusal::Memory(_)) => return Err(self.failure(&refusal)),
+                Err(refusal) if ends_a_watch(&refusal) => return Err(self.failure(&refusal)),
                 Err(refusal) => {
                     drop(attachment);
                     return self.watch_threads(&refusal);
@@ -215,11 +239,18 @@ impl Watcher {
             if matches!(attachment, Attachment::Pending) {
                 attachment = self.attach(&census)?;
             }
-            if self.is_last(n) || self.wait(self.due(n) + self.args.interval / 2) {
+            let Some(due) = self.next_due() else {
+                break;
+            };
+            if self.wait(due.saturating_sub(self.args.interval / 2)) {
                 break;
             }
-            census.sample().map_err(|refusal| self.failure(&refusal))?;
-            if self.wait(self.due(n + 1)) {
+            match census.sample() {
+                Err(refusal) if ends_a_watch(&refusal) => return Err(self.failure(&refusal)),
+                // The next census finds out whether it lasts.
+                Err(_) | Ok(()) => {}
+            }
+            if self.wait(due) {
                 break;
             }
         }
@@ -229,12 +260,11 @@ impl Watcher {
     /// One interval's report.
     fn observe(
         &mut self,
-        n: u32,
         runtime: &report::Runtime,
         census: &mut Census<ProcessMemory>,
         attachment: &mut Attachment,
     ) -> Result<Report, Refusal> {
-        let when = self.when(n);
+        let when = self.when();
         let Attachment::Probing(probing) = attachment else {
             let population = census.population()?;
             let pending = TierReason::Governed;
@@ -249,7 +279,7 @@ impl Watcher {
                 population: &population,
                 probed: None,
             };
-            return Ok(self.report(when, observation));
+            return self.report(when, observation);
         };
         let before_status = probing.driver.status();
         let before = probing.driver.counts();
@@ -271,7 +301,7 @@ impl Watcher {
                 population: &population,
                 probed: None,
             };
-            let report = self.report(when, observation);
+            let report = self.report(when, observation)?;
             *attachment = Attachment::None(reason);
             return Ok(report);
         }
@@ -290,10 +320,10 @@ impl Watcher {
             }
         };
         let flow = probes::flow(census, &after);
-        let attached = self
-            .args
-            .interval
-            .mul_f64(interval.lifecycle.clamp(0.0, 1.0));
+        let counted_at = Instant::now();
+        let since = counted_at.duration_since(probing.counted_at);
+        probing.counted_at = counted_at;
+        let attached = since.mul_f64(interval.lifecycle.clamp(0.0, 1.0));
         let probed = Probed {
             flow: &flow,
             rates: rates(&probing.before, &flow, attached),
@@ -319,26 +349,43 @@ impl Watcher {
             population: &population,
             probed: (status.tier > Tier::Census || interval.lifecycle > 0.0).then_some(probed),
         };
-        let report = self.report(when, observation);
+        let report = self.report(when, observation)?;
         probing.before = flow;
         Ok(report)
     }
 
-    fn report(&mut self, when: When, observation: Observation<'_>) -> Report {
-        let threads = self.process.identity.threads().unwrap_or(0);
-        Report::new(when, self.about(), threads, observation, &mut self.history)
+    fn report(&mut self, when: When, observation: Observation<'_>) -> Result<Report, Refusal> {
+        let threads = self.threads()?;
+        Ok(Report::new(
+            when,
+            self.about(),
+            threads,
+            observation,
+            &mut self.history,
+        ))
+    }
+
+    /// Threads of the process, which still runs the same program.
+    fn threads(&self) -> Result<u64, Refusal> {
+        self.process.still_runs()?;
+        Ok(self.process.identity.threads().ok_or(MemoryError::Gone)?)
     }
 
     /// Attaches what the command line asks for.
     fn attach(&self, census: &Census<ProcessMemory>) -> Result<Attachment, Failure> {
         let fixed = self.args.tier.map(TierArg::tier);
-        let unavailable = |exit: Exit, message: String| match fixed {
-            // Somebody who asks for a tier gets it or an error.
-            Some(_) => Err(Failure {
-                message: format!("{}: {message}", self.process.identity.describe()),
-                exit,
-            }),
-            None => Ok(Attachment::None(TierReason::Unavailable(message))),
+        let unavailable = |exit: Exit, message: String| {
+            // Perhaps because the process is not there any more.
+            let runs = self.process.still_runs();
+            runs.map_err(|ended| self.failure(&Refusal::Memory(ended)))?;
+            match fixed {
+                // Somebody who asks for a tier gets it or an error.
+                Some(_) => Err(Failure {
+                    message: format!("{}: {message}", self.process.identity.describe()),
+                    exit,
+                }),
+                None => Ok(Attachment::None(TierReason::Unavailable(message))),
+            }
         };
         let probes = match Probes::find(census.program()) {
             Ok(probes) => probes,
@@ -367,27 +414,21 @@ impl Watcher {
             unavailable: probes.blocking_refused,
             base: None,
             before: Flow::default(),
+            counted_at: Instant::now(),
         })))
     }
 
     /// Reports threads alone, of a process whose goroutines cannot be read.
     fn watch_threads(&mut self, refusal: &Refusal) -> Result<Exit, Failure> {
         let reason = format!("{refusal}; threads are still counted");
-        for n in 0.. {
-            let threads = match self.process.identity.threads() {
-                Some(threads) if self.process.identity.is_alive() => threads,
-                _ => return Err(self.failure(&Refusal::Memory(MemoryError::Gone))),
+        loop {
+            let threads = self.threads().map_err(|ended| self.failure(&ended))?;
+            let when = self.when();
+            self.send(Report::refused(when, self.about(), threads, reason.clone()));
+            let Some(due) = self.next_due() else {
+                break;
             };
-            if self.process.identity.was_replaced() {
-                return Err(self.failure(&Refusal::Memory(MemoryError::Replaced)));
-            }
-            self.send(Report::refused(
-                self.when(n),
-                self.about(),
-                threads,
-                reason.clone(),
-            ));
-            if self.is_last(n) || self.wait(self.due(n + 1)) {
+            if self.wait(due) {
                 break;
             }
         }
@@ -399,15 +440,16 @@ impl Watcher {
         let _ = self.events.send(Event::Report(Box::new(report)));
     }
 
-    /// When report `n` is due, after the start.
-    fn due(&self, n: u32) -> Duration {
-        self.args.interval.saturating_mul(n)
-    }
-
-    /// Whether no report follows report `n`.
-    fn is_last(&self, n: u32) -> bool {
-        let next = self.due(n.saturating_add(1));
-        self.args.once || self.args.duration.is_some_and(|duration| next > duration)
+    /// When the next report is due, after the start; `None` when there is none.
+    /// Those that were due meanwhile, during a long census, are passed over.
+    fn next_due(&self) -> Option<Duration> {
+        if self.args.once {
+            return None;
+        }
+        let interval = self.args.interval.as_nanos();
+        let next = (self.started.elapsed().as_nanos() / interval + 1).saturating_mul(interval);
+        let next = Duration::from_nanos(u64::try_from(next).unwrap_or(u64::MAX));
+        (self.args.duration.is_none_or(|duration| next <= duration)).then_some(next)
     }
 
     /// Waits until `at` after the start; whether the watch is over instead.
@@ -419,15 +461,13 @@ impl Watcher {
         )
     }
 
-    fn when(&self, n: u32) -> When {
+    fn when(&mut self) -> When {
+        let now = Instant::now();
+        let last = self.last.replace(now);
         When {
             at: SystemTime::now(),
-            elapsed: self.started.elapsed(),
-            interval: if n == 0 {
-                Duration::ZERO
-            } else {
-                self.args.interval
-            },
+            elapsed: now.duration_since(self.started),
+            interval: last.map_or(Duration::ZERO, |last| now.duration_since(last)),
         }
     }
 
@@ -456,6 +496,14 @@ impl Watcher {
             exit: exit_of(refusal),
         }
     }
+}
+
+/// Whether nothing more can be said of a process, not even its threads.
+fn ends_a_watch(refusal: &Refusal) -> bool {
+    matches!(
+        refusal,
+        Refusal::Memory(MemoryError::Gone | MemoryError::Replaced | MemoryError::NotPermitted)
+    )
 }
 
 fn exit_of_probe(error: &Error) -> Exit {

@@ -4,12 +4,13 @@ use std::io;
 
 use super::plan::Role;
 use crate::binary::addr::FileOffset;
+use crate::process::capabilities;
 
 /// The kernel side could not be loaded, attached or read.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The kernel refuses bpf(2) or perf_event_open(2) to this process.
-    #[error("{call}: {source}: {}", permission_hint())]
+    #[error("{call}: {source}: {}", capabilities::why_not_probe())]
     Permission {
         /// What was called.
         call: &'static str,
@@ -88,43 +89,6 @@ impl Error {
     }
 }
 
-/// Capabilities that loading and attaching need, with their bits in
-/// /proc/PID/status (include/uapi/linux/capability.h).
-const NEEDED: [(&str, u32); 2] = [("CAP_PERFMON", 38), ("CAP_BPF", 39)];
-const CAP_SYS_ADMIN: u32 = 21;
-
-/// What this process lacks of [`NEEDED`], by its `CapEff`.
-fn missing(effective: u64) -> Vec<&'static str> {
-    if effective & (1 << CAP_SYS_ADMIN) != 0 {
-        return Vec::new();
-    }
-    NEEDED
-        .iter()
-        .filter(|(_, bit)| effective & (1 << bit) == 0)
-        .map(|(name, _)| *name)
-        .collect()
-}
-
-fn permission_hint() -> String {
-    let effective = std::fs::read_to_string("/proc/self/status")
-        .ok()
-        .and_then(|status| {
-            let line = status
-                .lines()
-                .find_map(|line| line.strip_prefix("CapEff:"))?;
-            u64::from_str_radix(line.trim(), 16).ok()
-        });
-    match effective.map(missing) {
-        Some(missing) if !missing.is_empty() => format!(
-            "this needs {}: run as root, or `setcap cap_bpf,cap_perfmon,cap_sys_ptrace+ep` the binary",
-            missing.join(" and ")
-        ),
-        _ => "this process has the capabilities, so a seccomp filter, kernel lockdown or a user \
-              namespace forbids it: `leakmon doctor` says which"
-            .to_owned(),
-    }
-}
-
 /// The kernel's own errno (include/linux/errno.h), which libc does not name.
 const ENOTSUPP: i32 = 524;
 
@@ -149,18 +113,4 @@ pub(super) fn errno(error: &(dyn std::error::Error + 'static)) -> Option<io::Err
         next = error.source();
     }
     None
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn missing_capabilities_are_named() {
-        assert_eq!(missing(0), ["CAP_PERFMON", "CAP_BPF"]);
-        assert_eq!(missing(1 << 38), ["CAP_BPF"]);
-        assert_eq!(missing(1 << 39), ["CAP_PERFMON"]);
-        assert!(missing(1 << 39 | 1 << 38).is_empty());
-        assert!(missing(1 << CAP_SYS_ADMIN).is_empty());
-    }
 }

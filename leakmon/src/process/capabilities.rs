@@ -387,6 +387,33 @@ pub fn missing_for(tier: Tier, facts: &Facts) -> Vec<Missing> {
     missing
 }
 
+/// Why the kernel refuses to let this process read another, and what to do
+/// about it.
+pub fn why_not_read() -> String {
+    explain(&missing_for(Tier::Census, &Facts::gather()))
+}
+
+/// Why the kernel refuses this process its probes, and what to do about it.
+pub fn why_not_probe() -> String {
+    let facts = Facts::gather();
+    let census = missing_for(Tier::Census, &facts);
+    let mut missing = missing_for(Tier::Blocking, &facts);
+    missing.retain(|missing| !census.contains(missing));
+    explain(&missing)
+}
+
+fn explain(missing: &[Missing]) -> String {
+    if missing.is_empty() {
+        return "nothing that is known to be needed is missing, so a seccomp filter or a security \
+                module (SELinux, AppArmor) forbids it: see `leakmon doctor`"
+            .to_owned();
+    }
+    let mut remedies: Vec<&str> = missing.iter().map(|missing| missing.remedy()).collect();
+    remedies.dedup();
+    let missing: Vec<String> = missing.iter().map(Missing::to_string).collect();
+    format!("{}: {}", missing.join(" and "), remedies.join("; "))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -482,6 +509,20 @@ mod tests {
         facts.capabilities = ALL;
         facts.ptrace_scope = Some(3);
         assert_eq!(judge(&facts).0, [Missing::PtraceScope]);
+    }
+
+    #[test]
+    fn explanations_name_what_is_missing_and_each_remedy_once() {
+        let both = [Capability::Bpf, Capability::Perfmon].map(Missing::Capability);
+        assert_eq!(
+            explain(&both),
+            format!(
+                "CAP_BPF is missing, to load what counts in the kernel and \
+                 CAP_PERFMON is missing, to attach probes: {}",
+                both[0].remedy()
+            )
+        );
+        assert!(explain(&[]).contains("leakmon doctor"));
     }
 
     #[test]

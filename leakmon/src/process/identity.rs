@@ -1,8 +1,9 @@
 //! Who a process is: its executable, start time and threads, by `/proc`.
 
 use std::fs::File;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::io::{self, Read as _};
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::time::{clock_getcpuclockid, clock_gettime};
@@ -10,7 +11,10 @@ use nix::unistd::Pid;
 use procfs::process::{Process as ProcfsProcess, Stat};
 use procfs::{ProcError, WithCurrentSystemInfo};
 
+use super::capabilities;
+use super::memory::{MemoryError, Witness};
 use crate::binary::addr::{LoadBias, Vaddr};
+use crate::task::human::safe;
 
 /// `AT_ENTRY` of the auxiliary vector: include/uapi/linux/auxvec.h.
 pub(crate) const AT_ENTRY: u64 = 9;
@@ -28,8 +32,14 @@ pub enum ProcessError {
     #[error("pid {0} ({1}): a kernel thread, it runs no program")]
     KernelThread(u32, String),
     /// The kernel refuses to say.
-    #[error("pid {0} ({1}): {2} is not permitted; leakmon needs CAP_SYS_PTRACE, or to run as root")]
+    #[error("pid {0} ({1}): {2} is not permitted: {why}", why = capabilities::why_not_read())]
     NotPermitted(u32, String, &'static str),
+    /// Its first thread has ended and others run on, which only C can do. The
+    /// kernel then shows neither its executable nor its memory.
+    #[error(
+        "pid {0} ({1}): its main thread has ended while others run on; such a process cannot be read"
+    )]
+    MainThreadEnded(u32, String),
     /// Anything else.
     #[error("pid {0}: {1}")]
     Other(u32, String),
@@ -57,7 +67,17 @@ pub struct Process {
     pub executable: File,
     /// `AT_ENTRY`: where its program starts, after relocation.
     entry: u64,
+    /// Tells whether it still runs that program.
+    pub(super) witness: Arc<Witness>,
 }
+
+/// Times a process that replaces its program while it is opened is opened
+/// again.
+const RETRIES: usize = 16;
+
+/// Most bytes of a command line that are kept. A process can make its own as
+/// long as its memory.
+const MAX_COMMAND_LINE: u64 = 1 << 16;
 
 impl Process {
     /// Opens process `pid`.
@@ -65,8 +85,26 @@ impl Process {
     /// # Errors
     /// [`ProcessError`], which names the process.
     pub fn open(pid: u32) -> Result<Process, ProcessError> {
+        for _ in 0..RETRIES {
+            let process = Process::look(pid)?;
+            // All of it was read of one program when that one still runs.
+            match process.still_runs() {
+                Ok(()) => return Ok(process),
+                Err(MemoryError::Gone | MemoryError::Replaced) => {}
+                Err(error) => return Err(ProcessError::Other(pid, error.to_string())),
+            }
+        }
+        let why = "it replaces its program faster than it can be looked at";
+        Err(ProcessError::Other(pid, why.to_owned()))
+    }
+
+    fn look(pid: u32) -> Result<Process, ProcessError> {
         let failed = |error: ProcError| match error {
             ProcError::NotFound(_) => ProcessError::NoSuchProcess(pid),
+            // It ended while its files were open.
+            ProcError::Io(error, _) if error.raw_os_error() == Some(Errno::ESRCH as i32) => {
+                ProcessError::NoSuchProcess(pid)
+            }
             other => ProcessError::Other(pid, other.to_string()),
         };
         let signed = i32::try_from(pid).map_err(|_| ProcessError::NoSuchProcess(pid))?;
@@ -75,38 +113,59 @@ impl Process {
         }
         let process = ProcfsProcess::new(signed).map_err(failed)?;
         let stat = process.stat().map_err(failed)?;
-        if matches!(stat.state, 'Z' | 'X' | 'x') {
-            return Err(ProcessError::Zombie(pid, stat.comm));
+        let comm = safe(&stat.comm).into_owned();
+        if has_ended(&stat) {
+            return Err(match stat.num_threads {
+                ..=1 => ProcessError::Zombie(pid, comm),
+                _ => ProcessError::MainThreadEnded(pid, comm),
+            });
         }
         // PF_KTHREAD, include/linux/sched.h.
         if stat.flags & 0x0020_0000 != 0 {
-            return Err(ProcessError::KernelThread(pid, stat.comm));
+            return Err(ProcessError::KernelThread(pid, comm));
         }
         let link = format!("/proc/{pid}/exe");
+        // An ending process gives up its files before it counts as ended.
+        let ended = || match self::stat(pid) {
+            Some(now) if now.starttime == stat.starttime => ProcessError::Zombie(pid, comm.clone()),
+            _ => ProcessError::NoSuchProcess(pid),
+        };
         let on_io = |what: &'static str| {
-            let comm = stat.comm.clone();
+            let (comm, ended) = (comm.clone(), &ended);
             move |error: io::Error| match error.raw_os_error().map(Errno::from_raw) {
                 Some(Errno::EACCES | Errno::EPERM) => ProcessError::NotPermitted(pid, comm, what),
-                Some(Errno::ESRCH | Errno::ENOENT) => ProcessError::NoSuchProcess(pid),
+                Some(Errno::ESRCH | Errno::ENOENT) => ended(),
                 _ => ProcessError::Other(pid, format!("{what}: {error}")),
             }
         };
+        let witness =
+            Witness::open(pid, stat.starttime).map_err(on_io("reading its auxiliary vector"))?;
+        if witness.auxv().is_empty() {
+            return Err(ended());
+        }
         let path = std::fs::read_link(&link).map_err(on_io("reading /proc/PID/exe"))?;
         let executable = File::open(&link).map_err(on_io("opening its executable"))?;
-        let auxv = std::fs::read(format!("/proc/{pid}/auxv"))
-            .map_err(on_io("reading its auxiliary vector"))?;
-        let entry = auxv_entry(&auxv, AT_ENTRY).unwrap_or(0);
-        let command_line = process.cmdline().unwrap_or_default();
+        let entry = auxv_entry(witness.auxv(), AT_ENTRY).unwrap_or(0);
         Ok(Process {
             identity: Identity {
                 pid,
                 start_time: stat.starttime,
                 executable: path,
-                command_line,
+                command_line: command_line(pid).unwrap_or_default(),
             },
             executable,
             entry,
+            witness: Arc::new(witness),
         })
+    }
+
+    /// Tells whether it lives and still runs the program that it ran when it
+    /// was opened.
+    ///
+    /// # Errors
+    /// [`MemoryError::Gone`] and [`MemoryError::Replaced`] among others.
+    pub fn still_runs(&self) -> Result<(), MemoryError> {
+        self.witness.check()
     }
 
     /// How far the program was moved from the addresses in its file, given the
@@ -126,20 +185,11 @@ pub(crate) fn auxv_entry(auxv: &[u8], key: u64) -> Option<u64> {
 impl Identity {
     /// `pid 4242 (/usr/bin/x)`: how messages name a process.
     pub fn describe(&self) -> String {
-        format!("pid {} ({})", self.pid, display(&self.executable))
-    }
-
-    /// Whether the pid still means this process.
-    pub fn is_alive(&self) -> bool {
-        stat(self.pid).is_some_and(|stat| {
-            stat.starttime == self.start_time && !matches!(stat.state, 'Z' | 'X' | 'x')
-        })
-    }
-
-    /// Whether the process runs another file now than when it was opened.
-    pub fn was_replaced(&self) -> bool {
-        std::fs::read_link(format!("/proc/{}/exe", self.pid))
-            .is_ok_and(|path| path != self.executable)
+        format!(
+            "pid {} ({})",
+            self.pid,
+            safe(&self.executable.to_string_lossy())
+        )
     }
 
     /// CPU time that the process has used, in nanoseconds, user and system,
@@ -157,7 +207,8 @@ impl Identity {
 
     /// Live threads, by `/proc/PID/stat`; `None` when it is gone.
     pub fn threads(&self) -> Option<u64> {
-        u64::try_from(stat(self.pid)?.num_threads).ok()
+        let stat = stat(self.pid).filter(|stat| stat.starttime == self.start_time)?;
+        u64::try_from(stat.num_threads).ok()
     }
 
     /// When the process started, in nanoseconds of CLOCK_BOOTTIME.
@@ -167,16 +218,27 @@ impl Identity {
     }
 }
 
-/// A path as messages show it: control characters neutralised.
-fn display(path: &Path) -> String {
-    path.to_string_lossy()
-        .chars()
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .collect()
+/// The command line, as much of it as is kept.
+fn command_line(pid: u32) -> io::Result<Vec<String>> {
+    let mut bytes = Vec::new();
+    let file = File::open(format!("/proc/{pid}/cmdline"))?;
+    file.take(MAX_COMMAND_LINE).read_to_end(&mut bytes)?;
+    let arguments = bytes.strip_suffix(b"\0").unwrap_or(&bytes);
+    if arguments.is_empty() {
+        return Ok(Vec::new());
+    }
+    let text = |argument: &[u8]| String::from_utf8_lossy(argument).into_owned();
+    Ok(arguments.split(|byte| *byte == 0).map(text).collect())
 }
 
-fn stat(pid: u32) -> Option<Stat> {
+/// What `/proc/PID/stat` says of `pid`; `None` when there is no such process.
+pub(super) fn stat(pid: u32) -> Option<Stat> {
     ProcfsProcess::new(pid.cast_signed()).ok()?.stat().ok()
+}
+
+/// Whether a process's main thread has ended.
+pub(super) fn has_ended(stat: &Stat) -> bool {
+    matches!(stat.state, 'Z' | 'X' | 'x')
 }
 
 /// Resident set of leakmon itself, in bytes.
@@ -193,7 +255,7 @@ mod tests {
     fn opens_itself() {
         let own = Process::open(std::process::id()).unwrap();
         assert_eq!(own.identity.executable, std::env::current_exe().unwrap());
-        assert!(own.identity.is_alive());
+        assert_eq!(own.still_runs(), Ok(()));
         assert!(own.identity.threads().unwrap() >= 1);
         let elf = crate::binary::elf::Elf::parse(&own.executable).unwrap();
         let here = opens_itself as fn() as usize as u64;

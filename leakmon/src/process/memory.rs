@@ -2,19 +2,19 @@
 //!
 //! Reads go through `process_vm_readv`, which neither stops nor touches the
 //! target. It names the process by pid, and a pid can come to mean another
-//! program: by `exec`, or by reuse. So [`ProcessMemory`] also keeps
-//! `/proc/PID/mem` open, which stays bound to the address space it was opened
-//! on: as long as a byte can be read through it, the pid still means the same
-//! program.
+//! program: by `exec`, or by reuse. So there is a [`Witness`], which tells.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 
+use super::capabilities;
+use super::identity::{self, Process};
 use crate::binary::addr::RuntimeAddr;
 
 /// Most ranges that the kernel takes in one call: `UIO_MAXIOV`,
@@ -31,7 +31,10 @@ pub enum MemoryError {
     #[error("the process replaced its program by exec")]
     Replaced,
     /// The kernel refuses.
-    #[error("reading its memory is not permitted; leakmon needs CAP_SYS_PTRACE, or to run as root")]
+    #[error(
+        "reading its memory is not permitted: {}",
+        capabilities::why_not_read()
+    )]
     NotPermitted,
     /// Nothing is mapped at the address.
     #[error("nothing is mapped at {0}")]
@@ -109,46 +112,97 @@ pub trait Memory {
     }
 }
 
-/// The memory of a live process.
+/// Bound to one program of one process for as long as it runs.
+///
+/// `/proc/PID/mem` stays bound to the address space that it was opened on,
+/// which nobody uses any more after an end or an `exec`. The auxiliary vector
+/// says so too, of a process whose memory may not be read: it holds addresses
+/// that the kernel chooses afresh at each `exec`.
 #[derive(Debug)]
-pub struct ProcessMemory {
-    pid: Pid,
-    /// `/proc/PID/mem`: bound to one address space for ever.
-    witness: File,
-    /// An address that the program has mapped for as long as it lives: its ELF
-    /// header or any page of its text.
-    anchor: RuntimeAddr,
+pub(super) struct Witness {
+    pid: u32,
+    start_time: u64,
+    memory: Result<File, MemoryError>,
+    auxv: Vec<u8>,
 }
 
-impl ProcessMemory {
-    /// Opens the memory of `pid`, which must have `anchor` mapped.
+impl Witness {
+    /// A witness of what process `pid` runs now.
     ///
     /// # Errors
-    /// [`MemoryError::Gone`] and [`MemoryError::NotPermitted`] among others.
-    pub fn open(pid: u32, anchor: RuntimeAddr) -> Result<ProcessMemory, MemoryError> {
-        let witness = File::open(format!("/proc/{pid}/mem")).map_err(|e| from_io(&e))?;
-        let memory = ProcessMemory {
-            pid: Pid::from_raw(pid.cast_signed()),
-            witness,
-            anchor,
-        };
-        memory.still_the_same()?;
-        Ok(memory)
+    /// When its auxiliary vector cannot be read. That its memory cannot is an
+    /// error of [`ProcessMemory::open`] only.
+    pub(super) fn open(pid: u32, start_time: u64) -> io::Result<Witness> {
+        Ok(Witness {
+            pid,
+            start_time,
+            memory: File::open(format!("/proc/{pid}/mem")).map_err(|error| from_io(&error)),
+            auxv: read_auxv(pid)?,
+        })
     }
 
+    /// The program's auxiliary vector.
+    pub(super) fn auxv(&self) -> &[u8] {
+        &self.auxv
+    }
+
+    /// Tells whether the process still runs the program.
+    pub(super) fn check(&self) -> Result<(), MemoryError> {
+        // A read of an address space that nobody uses any more returns 0 bytes,
+        // one of an address that is not mapped fails: fs/proc/base.c, mem_rw.
+        if let Ok(memory) = &self.memory
+            && let Ok(0) = memory.read_at(&mut [0], 0)
+        {
+            return Err(self.gone_or_replaced());
+        }
+        match read_auxv(self.pid) {
+            Ok(auxv) if auxv == self.auxv => Ok(()),
+            Err(error) if from_io(&error) == MemoryError::NotPermitted => {
+                Err(MemoryError::NotPermitted)
+            }
+            _ => Err(self.gone_or_replaced()),
+        }
+    }
+
+    /// Which of both, of a process of which one is true.
     fn gone_or_replaced(&self) -> MemoryError {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid));
-        let alive = stat.is_ok_and(|stat| {
-            let state = stat
-                .rsplit_once(") ")
-                .and_then(|(_, rest)| rest.chars().next());
-            !matches!(state, Some('Z' | 'X' | 'x') | None)
-        });
-        if alive {
+        let lives = identity::stat(self.pid)
+            .is_some_and(|stat| stat.starttime == self.start_time && !identity::has_ended(&stat));
+        // An ending process gives up its memory before it counts as ended.
+        if lives && read_auxv(self.pid).is_ok_and(|auxv| !auxv.is_empty()) {
             MemoryError::Replaced
         } else {
             MemoryError::Gone
         }
+    }
+}
+
+fn read_auxv(pid: u32) -> io::Result<Vec<u8>> {
+    std::fs::read(format!("/proc/{pid}/auxv"))
+}
+
+/// The memory of a live process.
+#[derive(Debug)]
+pub struct ProcessMemory {
+    pid: Pid,
+    witness: Arc<Witness>,
+}
+
+impl ProcessMemory {
+    /// The memory of `process`.
+    ///
+    /// # Errors
+    /// [`MemoryError::Gone`] and [`MemoryError::NotPermitted`] among others.
+    pub fn open(process: &Process) -> Result<ProcessMemory, MemoryError> {
+        let witness = Arc::clone(&process.witness);
+        if let Err(error) = &witness.memory {
+            return Err(error.clone());
+        }
+        witness.check()?;
+        Ok(ProcessMemory {
+            pid: Pid::from_raw(process.identity.pid.cast_signed()),
+            witness,
+        })
     }
 }
 
@@ -170,13 +224,7 @@ fn from_errno(errno: Errno) -> MemoryError {
 
 impl Memory for ProcessMemory {
     fn still_the_same(&self) -> Result<(), MemoryError> {
-        // A read of an address space that nobody uses any more returns 0 bytes:
-        // fs/proc/base.c, mem_rw.
-        match self.witness.read_at(&mut [0], self.anchor.0) {
-            Ok(1..) => Ok(()),
-            Ok(_) => Err(self.gone_or_replaced()),
-            Err(error) => Err(from_io(&error)),
-        }
+        self.witness.check()
     }
 
     fn read(&self, addr: RuntimeAddr, buf: &mut [u8]) -> Result<(), MemoryError> {
@@ -210,7 +258,7 @@ impl Memory for ProcessMemory {
                     }
                 }
                 Err(Errno::EFAULT) => break,
-                Err(Errno::ESRCH) => return Err(self.gone_or_replaced()),
+                Err(Errno::ESRCH) => return Err(self.witness.gone_or_replaced()),
                 Err(errno) => return Err(from_errno(errno)),
             }
         }
@@ -220,16 +268,22 @@ impl Memory for ProcessMemory {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
 
-    fn own(anchor: &[u8]) -> ProcessMemory {
-        ProcessMemory::open(std::process::id(), RuntimeAddr(anchor.as_ptr() as u64)).unwrap()
+    fn memory_of(pid: u32) -> ProcessMemory {
+        ProcessMemory::open(&Process::open(pid).unwrap()).unwrap()
+    }
+
+    fn own() -> ProcessMemory {
+        memory_of(std::process::id())
     }
 
     #[test]
     fn reads_ranges_in_order_and_says_where_it_stopped() {
         let bytes: Vec<u8> = (0..200).collect();
-        let memory = own(&bytes);
+        let memory = own();
         let at = |i: usize| RuntimeAddr(bytes[i..].as_ptr() as u64);
         let ranges = [
             Range {
@@ -261,7 +315,7 @@ mod tests {
     #[test]
     fn more_ranges_than_one_call_takes() {
         let bytes: Vec<u8> = (0..3000u32).map(|i| (i % 251) as u8).collect();
-        let memory = own(&bytes);
+        let memory = own();
         let ranges: Vec<Range> = (0..3000)
             .map(|i| Range {
                 addr: RuntimeAddr(bytes[i..].as_ptr() as u64),
@@ -275,35 +329,37 @@ mod tests {
 
     #[test]
     fn exec_and_death_are_told_apart() {
-        let sleep = |child: &std::process::Child| {
-            let auxv = std::fs::read(format!("/proc/{}/auxv", child.id())).unwrap();
-            crate::process::identity::auxv_entry(&auxv, crate::process::identity::AT_ENTRY)
-        };
+        // Another program, then itself: each reads a line and goes on.
+        let script = "read line; exec sh -c 'read line; exec sh -c \"read line\"'";
         let mut child = std::process::Command::new("/bin/sh")
-            .args(["-c", "read line; exec sleep 100"])
+            .args(["-c", script])
             .stdin(std::process::Stdio::piped())
             .spawn()
             .unwrap();
-        let wait_for = |name: &str, pid: u32| {
-            for _ in 0..1000 {
-                if std::fs::read_to_string(format!("/proc/{pid}/comm"))
-                    .unwrap()
-                    .trim()
-                    == name
-                {
-                    break;
+        let mut input = child.stdin.take().unwrap();
+        for _ in 0..2 {
+            let memory = memory_of(child.id());
+            assert_eq!(memory.still_the_same(), Ok(()));
+            input.write_all(b"\n").unwrap();
+            let end = loop {
+                match memory.still_the_same() {
+                    Ok(()) => std::thread::yield_now(),
+                    Err(end) => break end,
                 }
-                std::thread::sleep(std::time::Duration::from_millis(5));
+            };
+            assert_eq!(end, MemoryError::Replaced);
+        }
+        let memory = memory_of(child.id());
+        drop(input);
+        let end = loop {
+            match memory.still_the_same() {
+                Ok(()) => std::thread::yield_now(),
+                Err(end) => break end,
             }
         };
-        wait_for("sh", child.id());
-        let memory = ProcessMemory::open(child.id(), RuntimeAddr(sleep(&child).unwrap())).unwrap();
-        assert_eq!(memory.still_the_same(), Ok(()));
-        drop(child.stdin.take());
-        wait_for("sleep", child.id());
-        assert_eq!(memory.still_the_same(), Err(MemoryError::Replaced));
-        child.kill().unwrap();
+        assert_eq!(end, MemoryError::Gone);
         child.wait().unwrap();
         assert_eq!(memory.still_the_same(), Err(MemoryError::Gone));
+        assert_eq!(memory.u64_at(RuntimeAddr(8)), Err(MemoryError::Gone));
     }
 }

@@ -140,6 +140,8 @@ pub struct Tasks {
     pub system: u64,
     /// Tasks that changed while they were read.
     pub unstable: u64,
+    /// Tasks whose place is not told, because there are too many stacks.
+    pub untold: u64,
     /// `count` by state.
     pub states: BTreeMap<State, u64>,
     /// How long the census took.
@@ -230,6 +232,7 @@ impl Report {
                 count: population.count,
                 system: population.system,
                 unstable: population.unstable,
+                untold: population.untold,
                 states: population.states.clone(),
                 census_took: population.took,
                 flow,

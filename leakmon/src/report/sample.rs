@@ -122,6 +122,7 @@ impl Census {
             count: self.groups.iter().map(|group| group.count).sum(),
             system: 5,
             unstable: 0,
+            untold: 0,
             states,
             groups: self.groups,
             sites: Arc::new(self.sites),

@@ -316,6 +316,16 @@ fn head(canvas: &mut Canvas, tasks: &Tasks) {
             )],
         );
     }
+    if tasks.untold > 0 {
+        canvas.row(
+            "dropped",
+            &[format!(
+                "places of {} {}: too many different stacks",
+                count(tasks.untold),
+                tasks.runtime.tasks
+            )],
+        );
+    }
     let suspects = tasks
         .sites
         .iter()

@@ -160,6 +160,9 @@ pub struct Population {
     pub system: u64,
     /// Tasks that changed while they were read, counted by their last state.
     pub unstable: u64,
+    /// Tasks at rest whose stack is not told, because there are too many
+    /// different ones or too much of them.
+    pub untold: u64,
     /// `count` by state.
     pub states: BTreeMap<State, u64>,
     /// `count` by site, state, reason and stack.

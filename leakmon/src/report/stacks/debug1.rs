@@ -11,7 +11,7 @@ pub(super) fn write(dump: &Dump, out: &mut dyn io::Write) -> io::Result<()> {
     writeln!(out, "goroutine profile: total {}", dump.tasks.len())?;
     for alike in alike(dump) {
         writeln!(out, "{} {}", alike.count, alike.key)?;
-        let lines: Vec<[String; 3]> = visible(alike.frames).map(line).collect();
+        let lines: Vec<[String; 3]> = visible(&alike.frames[..alike.recorded]).map(line).collect();
         // As Go's tabwriter aligns: columns end at the next multiple of eight
         // after their longest cell and one space.
         let column = |cell: usize| {

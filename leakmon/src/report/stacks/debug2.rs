@@ -3,7 +3,7 @@
 use std::io;
 
 use super::super::text::function;
-use super::{frames, shown};
+use super::{frames, minor_version, shown};
 use crate::task::human::safe;
 use crate::task::{Dump, Frame, State, Task};
 
@@ -41,13 +41,6 @@ pub(super) fn write(dump: &Dump, out: &mut dyn io::Write) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// 26 of `go1.26.8`.
-fn minor_version(version: &str) -> Option<u32> {
-    let (_, rest) = version.split_once("go1.")?;
-    let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
-    digits.parse().ok()
 }
 
 fn header(task: &Task, out: &mut dyn io::Write) -> io::Result<()> {

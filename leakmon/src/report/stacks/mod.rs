@@ -40,6 +40,8 @@ pub enum Format {
 pub struct Origin<'a> {
     /// The file that the process runs.
     pub executable: &'a str,
+    /// Its build id as GNU tools have it, if it has one.
+    pub build_id: Option<&'a str>,
     /// When the dump was taken.
     pub at: SystemTime,
 }
@@ -94,8 +96,28 @@ struct Alike<'a> {
     /// `@ 0x47d9ae 0x41491c`, and the labels: what Go sorts by.
     key: String,
     count: u64,
+    /// All frames, of which a profile keeps [`Alike::recorded`].
     frames: &'a [Frame],
+    /// How many the runtime's own profiles keep.
+    recorded: usize,
     labels: &'a Labels,
+}
+
+/// Innermost frames that the runtime's own profiles keep: `StackRecord.Stack0`
+/// in runtime/mprof.go up to Go 1.22, and since then what GODEBUG calls
+/// `profstackdepth`, of which this is the default.
+fn depth_of_profiles(version: &str) -> usize {
+    match minor_version(version) {
+        Some(..=22) => 32,
+        _ => 128,
+    }
+}
+
+/// 26 of `go1.26.8`.
+fn minor_version(version: &str) -> Option<u32> {
+    let (_, rest) = version.split_once("go1.")?;
+    let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+    digits.parse().ok()
 }
 
 /// Tasks counted by stack and labels, in the order of Go's own profiles: the
@@ -114,19 +136,22 @@ fn alike(dump: &Dump) -> Vec<Alike<'_>> {
         let site = stack.is_none().then_some(*site);
         *by_id.entry((*stack, site, labels.as_slice())).or_default() += 1;
     }
+    let depth = depth_of_profiles(&dump.version);
     let mut by_key: HashMap<String, Alike<'_>> = HashMap::new();
     for ((stack, site, labels), count) in by_id {
         let frames = match site {
             Some(site) => counted_frames(dump, site, None),
             None => frames(dump, stack),
         };
-        let key = key(frames, labels);
+        let recorded = frames.len().min(depth);
+        let key = key(&frames[..recorded], labels);
         by_key
             .entry(key.clone())
             .or_insert(Alike {
                 key,
                 count: 0,
                 frames,
+                recorded,
                 labels,
             })
             .count += count;

@@ -72,6 +72,8 @@ pub(super) mod proto {
         pub(crate) memory_limit: u64,
         #[prost(int64, tag = "5")]
         pub(crate) filename: i64,
+        #[prost(int64, tag = "6")]
+        pub(crate) build_id: i64,
         #[prost(bool, tag = "7")]
         pub(crate) has_functions: bool,
         #[prost(bool, tag = "8")]
@@ -177,8 +179,15 @@ impl<'a> Builder<'a> {
     }
 }
 
+/// Whether both are frames of one call: Go's pcDeck.tryAdd,
+/// runtime/pprof/proto.go. What an inlined frame was inlined into may be left
+/// out of the stack, as compiler-made.
+fn is_inlined_into(frame: &Frame, next: &Frame) -> bool {
+    frame.inlined && frame.entry == next.entry && frame.function != next.function
+}
+
 /// The profile of a dump.
-pub(super) fn profile(dump: &Dump, origin: Origin<'_>) -> Profile {
+pub(super) fn profile<'a>(dump: &'a Dump, origin: Origin<'a>) -> Profile {
     let alike = alike(dump);
     let mut builder = Builder::default();
     // The format wants the empty string first.
@@ -199,7 +208,13 @@ pub(super) fn profile(dump: &Dump, origin: Origin<'_>) -> Profile {
     for group in &alike {
         let location_id = group
             .frames
-            .split_inclusive(|frame| !frame.inlined)
+            .chunk_by(is_inlined_into)
+            // The call that the last recorded frame belongs to is kept whole:
+            // runtime_expandFinalInlineFrame.
+            .scan(0, |before, call| {
+                let start = std::mem::replace(before, *before + call.len());
+                (start < group.recorded).then_some(call)
+            })
             // Go leaves it out of its profiles.
             .filter(|call| {
                 call.iter()
@@ -232,14 +247,15 @@ pub(super) fn profile(dump: &Dump, origin: Origin<'_>) -> Profile {
     let page = 0x1000;
     let memory_start = addresses().min().unwrap_or(0) & !(page - 1);
     let memory_limit = (addresses().max().unwrap_or(0) | (page - 1)).saturating_add(1);
-    let executable = origin.executable.to_owned();
+    let filename = builder.string(origin.executable);
+    let build_id = builder.string(origin.build_id.unwrap_or_default());
     let mut profile = builder.profile;
-    profile.string_table.push(executable);
     profile.mapping.push(Mapping {
         id: 1,
         memory_start,
         memory_limit,
-        filename: profile.string_table.len() as i64 - 1,
+        filename,
+        build_id,
         has_functions: true,
         has_filenames: true,
         has_line_numbers: true,

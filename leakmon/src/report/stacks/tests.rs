@@ -164,6 +164,7 @@ impl Maker {
 fn bytes(format: Format, dump: &Dump) -> Vec<u8> {
     let origin = Origin {
         executable: "/tmp/gx/gx",
+        build_id: None,
         at: UNIX_EPOCH + Duration::from_secs(1_700_000_000),
     };
     let mut out = Vec::new();

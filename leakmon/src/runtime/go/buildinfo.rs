@@ -2,6 +2,7 @@
 //! the linker writes and `strip` keeps.
 
 use crate::binary::elf::{Elf, ElfError, ReadAt};
+use crate::task::human::safe;
 
 /// First bytes of the blob: `buildInfoMagic`, debug/buildinfo/buildinfo.go.
 const MAGIC: &[u8; 14] = b"\xff Go buildinf:";
@@ -20,6 +21,9 @@ const INLINE: u8 = 2;
 /// names it. The linker puts it first in the data segment; external linkers
 /// may put relocated read-only data before it.
 const SEARCH: u64 = 16 << 20;
+
+/// Most writable segments that are searched; linkers make up to three.
+const MAX_SEGMENTS: usize = 16;
 
 /// A Go version, `1.minor.patch`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,7 +63,8 @@ pub fn read<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Result<BuildInfo, ElfErr
             })?;
         return Ok(parse(&bytes));
     }
-    for segment in elf.segments.iter().filter(|s| s.writable) {
+    let writable = elf.segments.iter().filter(|s| s.writable);
+    for segment in writable.take(MAX_SEGMENTS) {
         let bytes = elf.read(file, segment.vaddr, segment.file_size.min(SEARCH))?;
         match parse(&bytes) {
             BuildInfo::Absent => {}
@@ -88,7 +93,7 @@ pub fn parse(bytes: &[u8]) -> BuildInfo {
         .ok()
         .filter(|len| *len <= 1024)
         .and_then(|len| rest.get(used..used.checked_add(len)?))
-        .map(|text| String::from_utf8_lossy(text).into_owned());
+        .map(|text| safe(&String::from_utf8_lossy(text)).into_owned());
     match text {
         Some(text) => match minor(&text) {
             Some(minor) => BuildInfo::Version(Version { minor, text }),

@@ -20,6 +20,7 @@ use crate::task::{
     Age, Dump, Group, Population, Site, SiteId, SiteKey, Stack, StackId, State, Task,
 };
 
+use super::labels::Labels;
 use super::layout::{self, Layout, status};
 use super::pclntab::TextOffset;
 use super::program::{Program, Refusal};
@@ -29,6 +30,9 @@ use super::symbols::{Pc, Symbols};
 /// Goroutines handled at a time: bounds the memory of a census, and lets what
 /// is read of them stay in the processor's cache until they are counted.
 const BATCH: usize = 1024;
+
+/// The same of a dump, which has all frames of each.
+const DUMP_BATCH: usize = 128;
 
 /// gs that lie closer than this, in bytes, are read together: the bytes
 /// between them cost less than another range.
@@ -54,11 +58,26 @@ const CENSUS_FRAMES: usize = 64;
 /// Frames of a stack that a dump keeps.
 const DUMP_FRAMES: usize = 1 << 17;
 
-/// Stacks and sites that are remembered between censuses.
+/// Stacks and sites that are told apart. A program has a few thousand.
 const MAX_REMEMBERED: usize = 1 << 16;
 
-/// Most goroutines that are believed to exist.
-const MAX_GOROUTINES: u64 = 1 << 28;
+/// Frames of the stacks that are remembered between censuses: bounds their
+/// memory.
+const CENSUS_FRAMES_ALL: usize = 1 << 20;
+
+/// Frames of all stacks of a dump.
+const DUMP_FRAMES_ALL: usize = 1 << 22;
+
+/// Bytes of stacks that one census or dump reads. An ordinary goroutine takes
+/// [`STACK_FIRST`].
+const STACKS_MOST: u64 = 16 << 30;
+
+/// Most goroutines that are believed to exist: their stacks alone would take
+/// 64 GB.
+const MAX_GOROUTINES: u64 = 1 << 25;
+
+/// Entries of `runtime.allgs` that are read in one go.
+const GS_AT_ONCE: usize = 1 << 16;
 
 /// Censuses after which a goroutine is known to stand still: with a reading
 /// between them, one that runs would have hidden it four times in a row.
@@ -172,11 +191,12 @@ impl RawG {
         }
     }
 
-    /// What shows whether it has run.
+    /// What tells whether it has run.
     fn rest(&self) -> Rest {
         Rest {
+            addr: self.addr,
             goid: self.goid,
-            pc: self.resume().map_or(0, |(pc, _)| pc.0),
+            pc: self.resume().map_or(RuntimeAddr(0), |(pc, _)| pc),
             waitsince: self.waitsince,
             depth: self.depth() as u32,
             status: self.base_status() as u8,
@@ -203,16 +223,16 @@ impl RawG {
     }
 }
 
-/// What shows whether a goroutine has run between two readings.
-///
-/// Small, since it is kept for every goroutine: the upper half of a depth is
-/// left out, which no stack has.
+/// What tells whether a goroutine has run between two readings of its g. Kept
+/// small, since every goroutine's is remembered.
 #[derive(Clone, Copy, Debug)]
 struct Rest {
+    addr: RuntimeAddr,
     goid: u64,
-    /// Where it will go on; 0 while it runs.
-    pc: u64,
+    /// Where it goes on; 0 while it runs.
+    pc: RuntimeAddr,
     waitsince: u64,
+    /// Its lower half, which is all that a stack of Go's has.
     depth: u32,
     status: u8,
     waitreason: u8,
@@ -225,8 +245,10 @@ impl Rest {
     /// trackingSeq moves each time a goroutine leaves running (casgstatus,
     /// runtime/proc.go); the runtime may move a stack, but not change its
     /// depth, and sets waitsince once while it is blocked.
-    fn is_still(&self, later: &Rest) -> bool {
-        self.goid == later.goid
+    fn is_still(&self, later: &RawG) -> bool {
+        let later = later.rest();
+        self.addr == later.addr
+            && self.goid == later.goid
             && self.status == later.status
             && self.waitreason == later.waitreason
             && self.tracking_seq == later.tracking_seq
@@ -248,8 +270,7 @@ enum Start {
     Callbacks,
 }
 
-/// What is remembered of a g between two censuses, by its place in allgs,
-/// where it stays for as long as the process lives (allgadd, runtime/proc.go).
+/// What is remembered of a g between two censuses, by its place in allgs.
 #[derive(Clone, Copy, Debug)]
 struct Remembered {
     rest: Rest,
@@ -257,15 +278,8 @@ struct Remembered {
     since: u64,
     /// Censuses in a row that found it unchanged.
     still: u8,
-    /// Where it was spawned and stands, when its stack could be read.
-    known: Option<(SiteId, StackId)>,
-}
-
-impl Remembered {
-    /// Whether `g` still stands where it stood, and where that is is known.
-    fn stands_as(&self, g: &RawG) -> bool {
-        self.known.is_some() && self.rest.is_still(&g.rest())
-    }
+    stack: Option<StackId>,
+    site: SiteId,
 }
 
 /// Interns sites and stacks.
@@ -276,20 +290,41 @@ struct Tallies {
     sites: Arc<Vec<Site>>,
     stack_ids: FxHashMap<Box<[Pc]>, StackId>,
     stacks: Arc<Vec<Stack>>,
+    /// Frames of all stacks, and how many may be.
+    frames: usize,
+    most_frames: usize,
+    /// Stacks may be as many as there are frames for.
+    most_stacks: usize,
 }
 
 impl Tallies {
-    fn new(program: &Arc<Program>, bias: LoadBias) -> Tallies {
+    fn new(
+        program: &Arc<Program>,
+        bias: LoadBias,
+        most_stacks: usize,
+        most_frames: usize,
+    ) -> Tallies {
         Tallies {
             symbols: Symbols::new(Arc::clone(program), bias),
             site_ids: FxHashMap::default(),
             sites: Arc::default(),
             stack_ids: FxHashMap::default(),
             stacks: Arc::default(),
+            frames: 0,
+            most_frames,
+            most_stacks,
         }
     }
 
+    /// The site with this key; one without a name for all that are too many.
     fn site(&mut self, key: SiteKey) -> SiteId {
+        if let Some(id) = self.site_ids.get(&key) {
+            return *id;
+        }
+        let key = match self.sites.len() {
+            ..MAX_REMEMBERED => key,
+            _ => OTHER_SITES,
+        };
         if let Some(id) = self.site_ids.get(&key) {
             return *id;
         }
@@ -300,29 +335,52 @@ impl Tallies {
         id
     }
 
-    fn stack(&mut self, pcs: &[Pc]) -> StackId {
-        if let Some(id) = self.stack_ids.get(pcs) {
-            return *id;
-        }
-        let id = StackId(u32::try_from(self.stacks.len()).unwrap_or(u32::MAX));
-        let stack = self.symbols.stack(pcs);
-        Arc::make_mut(&mut self.stacks).push(stack);
-        self.stack_ids.insert(pcs.into(), id);
-        id
+    /// The key of a site.
+    fn key(&self, id: SiteId) -> SiteKey {
+        self.sites
+            .get(id.0 as usize)
+            .map_or(OTHER_SITES, |site| site.key)
     }
 
-    /// Forgets everything once too much is remembered; returns whether it did.
+    /// The stack with these program counters; `None` when there are too many.
+    fn stack(&mut self, pcs: &[Pc]) -> Option<StackId> {
+        if let Some(id) = self.stack_ids.get(pcs) {
+            return Some(*id);
+        }
+        if self.stacks.len() >= self.most_stacks || self.frames >= self.most_frames {
+            return None;
+        }
+        let id = StackId(u32::try_from(self.stacks.len()).unwrap_or(u32::MAX));
+        let stack = self.symbols.stack(pcs, self.most_frames - self.frames);
+        // What is kept of a stack without frames takes some room, too.
+        self.frames += stack.frames.len().max(pcs.len());
+        Arc::make_mut(&mut self.stacks).push(stack);
+        self.stack_ids.insert(pcs.into(), id);
+        Some(id)
+    }
+
+    /// Forgets everything once so much is remembered that another census
+    /// might not find room; returns whether it did.
     fn trim(&mut self) -> bool {
-        let full = self.stacks.len() > MAX_REMEMBERED || self.sites.len() > MAX_REMEMBERED;
+        let full = self.stacks.len() > self.most_stacks / 2
+            || self.frames > self.most_frames / 2
+            || self.sites.len() > MAX_REMEMBERED / 2;
         if full {
             self.site_ids.clear();
             self.sites = Arc::default();
             self.stack_ids.clear();
             self.stacks = Arc::default();
+            self.frames = 0;
         }
         full
     }
 }
+
+/// Stands for the sites that are too many.
+const OTHER_SITES: SiteKey = SiteKey {
+    created_at: 0,
+    entry: 0,
+};
 
 /// Reads the goroutines of one process, again and again.
 #[derive(Debug)]
@@ -335,8 +393,8 @@ pub struct Census<M> {
     tallies: Tallies,
     starts: FxHashMap<u64, Start>,
     remembered: Vec<Option<Remembered>>,
-    /// CLOCK_MONOTONIC nanoseconds of the last census.
-    last: Option<u64>,
+    /// Bytes of stacks that the census has read.
+    stack_bytes: u64,
 }
 
 /// Groups by what makes them one.
@@ -354,8 +412,8 @@ struct Read {
     unstable: bool,
 }
 
-/// Goroutines that are read together, and the buffers for it: fresh memory for
-/// each batch would cost more than the reading.
+/// Goroutines that are read together, and the buffers for it: for the kernel,
+/// fresh memory for each batch would be more work than the reading.
 #[derive(Default)]
 struct Batch {
     reads: Vec<Read>,
@@ -377,13 +435,13 @@ impl<M: Memory> Census<M> {
         Census {
             memory,
             unwinder: Unwinder::new(Arc::clone(&program), bias),
-            tallies: Tallies::new(&program, bias),
+            tallies: Tallies::new(&program, bias, MAX_REMEMBERED, CENSUS_FRAMES_ALL),
             program,
             bias,
             tables,
             starts: FxHashMap::default(),
             remembered: Vec::new(),
-            last: None,
+            stack_bytes: 0,
         }
     }
 
@@ -409,7 +467,7 @@ impl<M: Memory> Census<M> {
             .iter()
             .map(|pc| Pc::after_call(RuntimeAddr(*pc)))
             .collect();
-        self.tallies.symbols.stack(&pcs)
+        self.tallies.symbols.stack(&pcs, CENSUS_FRAMES_ALL)
     }
 
     /// Counts every goroutine.
@@ -418,12 +476,39 @@ impl<M: Memory> Census<M> {
     /// [`Refusal`]: the process is gone or replaced, or its tables are not what
     /// its version promises.
     pub fn population(&mut self) -> Result<Population, Refusal> {
+        self.twice(Census::count)
+    }
+
+    /// What is wrong twice, in a process that still runs the same program, is
+    /// wrong: once, the target may just have moved what was being read.
+    fn twice<T>(
+        &mut self,
+        mut read: impl FnMut(&mut Self) -> Result<T, Refusal>,
+    ) -> Result<T, Refusal> {
+        let first = read(self);
+        if first.is_ok() {
+            return first;
+        }
+        self.memory_check()?;
+        let second = read(self);
+        if second.is_err() {
+            self.memory_check()?;
+        }
+        second
+    }
+
+    fn count(&mut self) -> Result<Population, Refusal> {
+        let sites = Arc::clone(&self.tallies.sites);
         if self.tallies.trim() {
             // Ages go on; only what names the forgotten tables goes.
             for remembered in self.remembered.iter_mut().flatten() {
-                remembered.known = None;
+                remembered.stack = None;
+                let key = sites[remembered.site.0 as usize].key;
+                remembered.site = self.tallies.site(key);
             }
         }
+        drop(sites);
+        self.stack_bytes = 0;
         let started = Instant::now();
         let now = monotonic_ns();
         let mut population = Population {
@@ -432,6 +517,7 @@ impl<M: Memory> Census<M> {
             count: 0,
             system: 0,
             unstable: 0,
+            untold: 0,
             states: BTreeMap::new(),
             groups: Vec::new(),
             sites: Arc::default(),
@@ -439,13 +525,15 @@ impl<M: Memory> Census<M> {
         };
         let mut groups = Groups::default();
         let gs = self.all_gs()?;
-        // Not a byte more than needed: there may be millions.
-        self.remembered
-            .reserve_exact(gs.len().saturating_sub(self.remembered.len()));
-        self.remembered.resize(gs.len(), None);
+        self.remembered.truncate(gs.len());
         let mut batch = Batch::default();
         for (n, addrs) in gs.chunks(BATCH).enumerate() {
-            self.read_batch(&mut batch, addrs, n * BATCH, CENSUS_FRAMES, true)?;
+            let first = n * BATCH;
+            // Grows by goroutines that are really there.
+            if self.remembered.len() < first + addrs.len() {
+                self.remembered.resize(first + addrs.len(), None);
+            }
+            self.read_batch(&mut batch, addrs, first, CENSUS_FRAMES, true)?;
             for read in &batch.reads {
                 self.tally(read, batch.fresh(read), now, &mut population, &mut groups);
             }
@@ -455,7 +543,6 @@ impl<M: Memory> Census<M> {
         population.sites = Arc::clone(&self.tallies.sites);
         population.stacks = Arc::clone(&self.tallies.stacks);
         population.took = started.elapsed();
-        self.last = Some(now);
         Ok(population)
     }
 
@@ -484,28 +571,32 @@ impl<M: Memory> Census<M> {
         population.count += 1;
         population.unstable += u64::from(read.unstable);
         *population.states.entry(state).or_default() += 1;
-        let rest = read.g.rest();
-        let before = slot.filter(|slot| slot.rest.is_still(&rest));
+        let before = slot.filter(|slot| slot.rest.is_still(&read.g));
         let blocked = matches!(state, State::Waiting | State::Leaked | State::Syscall);
         let not_run = before.is_some() && blocked;
         let since = match before {
             Some(before) if not_run => before.since,
             _ => now,
         };
-        let known = before.and_then(|before| before.known);
-        let site = known.map_or_else(|| self.tallies.site(read.g.site()), |(site, _)| site);
         let stack = match fresh {
-            Some(pcs) => Some(self.tallies.stack(pcs)),
-            None => known.map(|(_, stack)| stack),
+            Some(pcs) => self.tallies.stack(pcs),
+            None => before.and_then(|before| before.stack),
         };
+        let site = match slot {
+            Some(slot) if self.tallies.key(slot.site) == read.g.site() => slot.site,
+            _ => self.tallies.site(read.g.site()),
+        };
+        let at_rest = !read.unstable && read.g.resume().is_some();
+        population.untold += u64::from(at_rest && stack.is_none());
         self.remembered[read.index] = Some(Remembered {
-            rest,
+            rest: read.g.rest(),
             since,
             still: match before {
                 Some(before) if not_run => before.still.saturating_add(1),
                 _ => 0,
             },
-            known: stack.map(|stack| (site, stack)),
+            stack,
+            site,
         });
         let reason = read.g.wait_reason();
         let waited_since = match read.g.waitsince {
@@ -553,26 +644,25 @@ impl<M: Memory> Census<M> {
             .filter(|(_, slot)| slot.is_some_and(|slot| slot.still < SURE))
             .map(|(index, _)| index)
             .collect();
-        if unsure.is_empty() {
-            return Ok(());
-        }
-        let gs = self.all_gs()?;
         let mut buf = Vec::new();
         for indices in unsure.chunks(BATCH) {
-            let addrs: Vec<RuntimeAddr> =
-                indices.iter().map_while(|i| gs.get(*i)).copied().collect();
-            let runs = self.read_gs(&addrs, &mut buf)?;
+            let slots = indices.iter().filter_map(|index| self.remembered[*index]);
+            let addrs: Vec<RuntimeAddr> = slots.map(|slot| slot.rest.addr).collect();
+            let runs = match self.read_gs(&addrs, &mut buf) {
+                Ok(runs) => runs,
+                Err(refusal) => {
+                    // Nothing is known to have stood still.
+                    self.remembered.clear();
+                    self.memory_check()?;
+                    return Err(refusal);
+                }
+            };
             for ((index, start), addr) in indices.iter().zip(&runs.starts).zip(&addrs) {
-                let rest = self.decode(&buf, *start, *addr)?.rest();
+                let g = self.decode(&buf, *start, *addr)?;
                 if let Some(slot) = &mut self.remembered[*index]
-                    && !slot.rest.is_still(&rest)
+                    && !slot.rest.is_still(&g)
                 {
-                    *slot = Remembered {
-                        rest,
-                        since: now,
-                        still: 0,
-                        known: None,
-                    };
+                    (slot.rest, slot.since, slot.still, slot.stack) = (g.rest(), now, 0, None);
                 }
             }
         }
@@ -584,19 +674,26 @@ impl<M: Memory> Census<M> {
     /// # Errors
     /// As [`Census::population`].
     pub fn dump(&mut self) -> Result<Dump, Refusal> {
-        let mut tallies = Tallies::new(&self.program, self.bias);
+        self.twice(Census::all)
+    }
+
+    fn all(&mut self) -> Result<Dump, Refusal> {
+        let most_stacks = usize::MAX;
+        let mut tallies = Tallies::new(&self.program, self.bias, most_stacks, DUMP_FRAMES_ALL);
+        let mut labels = Labels::default();
+        self.stack_bytes = 0;
         let mut tasks = Vec::new();
         let now = monotonic_ns();
         let gs = self.all_gs()?;
         let mut batch = Batch::default();
-        for (n, addrs) in gs.chunks(BATCH).enumerate() {
-            self.read_batch(&mut batch, addrs, n * BATCH, DUMP_FRAMES, false)?;
+        for (n, addrs) in gs.chunks(DUMP_BATCH).enumerate() {
+            self.read_batch(&mut batch, addrs, n * DUMP_BATCH, DUMP_FRAMES, false)?;
             for read in &batch.reads {
                 let g = &read.g;
                 let Some(state) = g.state().filter(|_| g.exists()) else {
                     continue;
                 };
-                let stack = batch.fresh(read).map(|pcs| tallies.stack(pcs));
+                let stack = batch.fresh(read).and_then(|pcs| tallies.stack(pcs));
                 let shown = match read.start {
                     Start::User => true,
                     Start::System => false,
@@ -622,7 +719,7 @@ impl<M: Memory> Census<M> {
                     locked_to_thread: g.lockedm != 0,
                     site: tallies.site(g.site()),
                     stack,
-                    labels: self.labels(g.labels),
+                    labels: labels.of(&self.memory, &self.program.layout, g.labels),
                 });
             }
         }
@@ -641,28 +738,41 @@ impl<M: Memory> Census<M> {
 
     /// The addresses in `runtime.allgs`.
     fn all_gs(&self) -> Result<Vec<RuntimeAddr>, Refusal> {
-        // The length first: the runtime writes the pointer first, so the
-        // array has at least as many (allgadd, runtime/proc.go).
-        let len = self.memory.u64_at(self.tables.allglen)?;
-        let array = RuntimeAddr(self.memory.u64_at(self.tables.allgptr)?);
-        if len > MAX_GOROUTINES || (len > 0 && array.0 == 0) {
-            return Err(Refusal::Unproven(format!(
-                "runtime.allglen says {len} goroutines, which cannot be"
-            )));
+        for _ in 0..RETRIES {
+            // The length first: the runtime writes the pointer first, so the
+            // array has at least as many (allgadd, runtime/proc.go).
+            let len = self.memory.u64_at(self.tables.allglen)?;
+            let array = self.memory.u64_at(self.tables.allgptr)?;
+            if len > MAX_GOROUTINES || (len > 0 && array == 0) {
+                return Err(Refusal::Unproven(format!(
+                    "runtime.allglen says {len} goroutines, which cannot be"
+                )));
+            }
+            let gs = self.array(RuntimeAddr(array), len as usize);
+            // An array that has been outgrown is garbage, and its memory may
+            // have become something else.
+            if self.memory.u64_at(self.tables.allgptr)? == array {
+                return gs;
+            }
         }
-        let mut gs = Vec::with_capacity(len as usize);
-        let mut left = len as usize;
-        let mut at = array;
-        while left > 0 {
-            let part = left.min(1 << 16);
-            let bytes = self.memory.bytes(at, part * 8)?;
+        Err(Refusal::Unproven(
+            "runtime.allgs moves faster than it can be read".to_owned(),
+        ))
+    }
+
+    fn array(&self, array: RuntimeAddr, len: usize) -> Result<Vec<RuntimeAddr>, Refusal> {
+        // Grows by what is really there.
+        let mut gs = Vec::with_capacity(len.min(GS_AT_ONCE));
+        while gs.len() < len {
+            let part = (len - gs.len()).min(GS_AT_ONCE);
+            let bytes = self
+                .memory
+                .bytes(array.wrapping_add(gs.len() as u64 * 8), part * 8)?;
             gs.extend(
                 bytes
                     .chunks_exact(8)
                     .map(|word| RuntimeAddr(word.try_into().map_or(0, u64::from_le_bytes))),
             );
-            at = at.wrapping_add(part as u64 * 8);
-            left -= part;
         }
         Ok(gs)
     }
@@ -696,7 +806,9 @@ impl<M: Memory> Census<M> {
                 && self
                     .remembered
                     .get(index)
-                    .is_some_and(|slot| slot.is_some_and(|before| before.stands_as(&g)));
+                    .copied()
+                    .flatten()
+                    .is_some_and(|before| before.stack.is_some() && before.rest.is_still(&g));
             if g.exists() && start != Start::System && !known {
                 if self.self_check(&g).is_err() {
                     // The runtime was just moving its stack, perhaps: what is
@@ -785,6 +897,10 @@ impl<M: Memory> Census<M> {
                 });
             }
             let stacks_len: usize = ranges.iter().map(|r| r.len).sum();
+            self.stack_bytes += stacks_len as u64;
+            if self.stack_bytes > STACKS_MOST {
+                return Ok(Vec::new());
+            }
             let runs = Runs::of(part.iter().map(|i| reads[*i].g.addr), g_len);
             ranges.extend(&runs.ranges);
             buf.resize(stacks_len + runs.len, 0);
@@ -829,6 +945,10 @@ impl<M: Memory> Census<M> {
                 return Ok(true);
             };
             let len = read.g.depth().min(want).min(STACK_MOST) as usize;
+            self.stack_bytes += len as u64;
+            if self.stack_bytes > STACKS_MOST {
+                return Ok(true);
+            }
             let ranges = [
                 memory::Range {
                     addr: RuntimeAddr(sp),
@@ -865,7 +985,7 @@ impl<M: Memory> Census<M> {
         let Some(now) = RawG::decode(g, read.g.addr, &self.program.layout) else {
             return Outcome::Changed;
         };
-        if !read.g.rest().is_still(&now.rest()) || read.g.resume() != now.resume() {
+        if !read.g.rest().is_still(&now) || read.g.resume() != now.resume() {
             read.g = now;
             // One that has ended or runs has no stack to read.
             return if now.exists() && now.resume().is_some() {
@@ -877,16 +997,16 @@ impl<M: Memory> Census<M> {
         let Some((pc, _)) = now.resume() else {
             return Outcome::Done;
         };
-        let start = pcs.len();
+        let first = pcs.len();
         match self.unwinder.unwind(pc, stack, frames, pcs) {
             End::Short if (stack.len() as u64) < now.depth().min(STACK_MOST) => {
-                pcs.truncate(start);
+                pcs.truncate(first);
                 return Outcome::Deeper;
             }
             // Also where the stack's end was reached, or an address that is
             // none of Go's: so much of it is true.
             End::Top | End::Lost | End::Limit | End::Short | End::Torn => {
-                read.fresh = Some(start..pcs.len());
+                read.fresh = Some(first..pcs.len());
             }
         }
         Outcome::Done
@@ -944,33 +1064,6 @@ impl<M: Memory> Census<M> {
             _ if name.starts_with(b"runtime.") => Start::System,
             _ => Start::User,
         }
-    }
-
-    /// The pprof labels at `addr`: runtime/pprof/label.go from Go 1.24 on.
-    fn labels(&self, addr: u64) -> Vec<(Arc<str>, Arc<str>)> {
-        /// More labels, or longer ones, than anybody sets are not believed.
-        const MOST: u64 = 64;
-        if addr == 0 || !self.program.layout.labels_are_slice {
-            return Vec::new();
-        }
-        let word = |at: u64| self.memory.u64_at(RuntimeAddr(at)).ok();
-        let string = |at: u64| {
-            let (data, len) = (word(at)?, word(at.wrapping_add(8))?);
-            let bytes = self
-                .memory
-                .bytes(RuntimeAddr(data), len.min(1024) as usize)
-                .ok()?;
-            Some(Arc::<str>::from(String::from_utf8_lossy(&bytes)))
-        };
-        let (Some(list), Some(len)) = (word(addr), word(addr.wrapping_add(8))) else {
-            return Vec::new();
-        };
-        (0..len.min(MOST))
-            .map_while(|i| {
-                let at = list.wrapping_add(i * 32);
-                Some((string(at)?, string(at.wrapping_add(16))?))
-            })
-            .collect()
     }
 }
 

@@ -11,6 +11,7 @@
 
 pub mod buildinfo;
 pub mod census;
+pub mod labels;
 pub mod layout;
 pub mod pclntab;
 pub mod places;
@@ -43,7 +44,7 @@ pub fn open(process: &Process) -> Result<Census<ProcessMemory>, Refusal> {
     })?;
     let elf = Elf::parse(&file)?;
     let bias = process.load_bias(elf.entry);
-    let memory = ProcessMemory::open(process.identity.pid, bias.runtime(elf.entry))?;
+    let memory = ProcessMemory::open(process)?;
     let program = Arc::new(Program::open(file, elf, bias, &memory)?);
     let variables = Variables::find(program.elf.arch, &*program)
         .map_err(|refused| Refusal::Unproven(refused.to_string()))?;

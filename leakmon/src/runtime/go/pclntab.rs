@@ -31,7 +31,11 @@ const FLAG_SP_WRITE: u8 = 2;
 const MAX_NAME: usize = 1 << 16;
 
 /// Deepest nesting of inlined calls that is followed.
-const MAX_INLINE_DEPTH: usize = 1024;
+const MAX_INLINE_DEPTH: usize = 128;
+
+/// Most entries of a pc-value table that are followed. The largest functions,
+/// which generators write, have some hundred thousand.
+const MAX_PC_VALUES: usize = 1 << 20;
 
 /// An offset from the start of Go's text (`moduledata.text`): how the table
 /// itself names program counters.
@@ -380,19 +384,19 @@ impl Pclntab {
         let mut bytes = bytes.iter().copied();
         let quantum = self.arch.pc_quantum();
         let target = target.0.checked_sub(function.entry.0)?;
-        let (mut pc, mut value, mut first) = (0u32, -1i32, true);
-        loop {
+        let (mut pc, mut value) = (0u32, -1i32);
+        for i in 0..MAX_PC_VALUES {
             let delta = varint(&mut bytes)?;
-            if delta == 0 && !first {
+            if delta == 0 && i > 0 {
                 return None;
             }
-            first = false;
             value = value.wrapping_add((delta >> 1) as i32 ^ -((delta & 1) as i32));
             pc = pc.checked_add(varint(&mut bytes)?.checked_mul(quantum)?)?;
             if target < pc {
                 return Some(value);
             }
         }
+        None
     }
 
     fn name_at(&self, offset: u32) -> Option<&[u8]> {

@@ -32,6 +32,22 @@ const PACKAGES: [&[u8]; 7] = [
     b"runtime/internal/atomic.",
 ];
 
+/// Longest name of such a function that is looked up.
+const MAX_NAME: usize = 1024;
+
+/// Most functions that are looked up by name; a program has some thousand.
+const MAX_FUNCTIONS: usize = 1 << 16;
+
+/// Most places at which a pclntab is believed to start.
+const MAX_CANDIDATES: usize = 64;
+
+/// Bytes of a program that are searched for a table: its data, of which the
+/// largest programs have some 100 MB.
+const MAX_SEARCHED: u64 = 2 << 30;
+
+/// Largest pclntab that is read. The largest programs have 200 MB.
+const MAX_PCLNTAB: u64 = 512 << 20;
+
 /// Most wait reasons that a runtime is believed to have; 1.27 has 47.
 const MAX_WAIT_REASONS: usize = 128;
 
@@ -158,6 +174,9 @@ impl Program {
             .vaddr(end)
             .offset_from(moduledata.pclntab)
             .ok_or_else(|| unproven("runtime.firstmoduledata contradicts itself"))?;
+        if len > MAX_PCLNTAB {
+            return Err(unproven(format!("its function table has {len} bytes")));
+        }
         let table = elf
             .read(&file, moduledata.pclntab, len)
             .ok()
@@ -206,6 +225,9 @@ impl Program {
                 continue;
             };
             last_id = last_id.max(self.table.func_id(function).unwrap_or(0));
+            if name.len() > MAX_NAME || self.runtime_functions.len() >= MAX_FUNCTIONS {
+                continue;
+            }
             if !PACKAGES.iter().any(|package| name.starts_with(package)) {
                 continue;
             }
@@ -329,9 +351,10 @@ fn pclntab_candidates(elf: &Elf, file: &File) -> Result<Vec<Vaddr>, ElfError> {
     // linker aligns the table to 32 bytes.
     const ALIGN: usize = 32;
     let mut found = Vec::new();
+    let mut searched = 0;
     for segment in elf.segments.iter().filter(|s| !s.executable || s.writable) {
         let mut at = 0;
-        while at < segment.file_size {
+        while at < segment.file_size && searched < MAX_SEARCHED {
             let len = (segment.file_size - at).min(CHUNK as u64);
             let base = segment.vaddr.wrapping_add(at);
             let bytes = elf.read(file, base, len)?;
@@ -340,12 +363,13 @@ fn pclntab_candidates(elf: &Elf, file: &File) -> Result<Vec<Vaddr>, ElfError> {
                 // Every magic ends in these three bytes.
                 if bytes[i..].get(1..4) == Some(&[0xff; 3]) {
                     let vaddr = base.wrapping_add(i as u64);
-                    if sane(vaddr) {
+                    if found.len() < MAX_CANDIDATES && sane(vaddr) {
                         found.push(vaddr);
                     }
                 }
             }
             at += len;
+            searched += len;
         }
     }
     Ok(found)
@@ -391,10 +415,11 @@ fn search_data<M: Memory>(
     let tables: Vec<(u64, u64, Vaddr)> = candidates.iter().filter_map(|c| names(*c)).collect();
     let mut found = Found::default();
     let mut buf = Vec::new();
+    let (mut searched, mut tried) = (0, 0);
     for segment in elf.segments.iter().filter(|s| s.writable) {
         let size = segment.file_size.min(segment.mem_size);
         let mut at = 0;
-        while at < size {
+        while at < size && searched < MAX_SEARCHED {
             // Consecutive chunks overlap by what the longest pattern needs.
             let len = (size - at).min(CHUNK as u64 + 32) as usize;
             let base = bias.runtime(segment.vaddr.wrapping_add(at));
@@ -415,7 +440,12 @@ fn search_data<M: Memory>(
                         pclntab: table.2,
                     });
                 }
-                if window[1] == FIRST && window[3] == SECOND && found.wait_reasons.is_none() {
+                if window[1] == FIRST
+                    && window[3] == SECOND
+                    && found.wait_reasons.is_none()
+                    && tried < MAX_CANDIDATES
+                {
+                    tried += 1;
                     let first = memory.bytes(RuntimeAddr(window[0]), FIRST as usize);
                     let second = memory.bytes(RuntimeAddr(window[2]), SECOND as usize);
                     if first.as_deref() == Ok(b"GC assist marking")
@@ -429,6 +459,7 @@ fn search_data<M: Memory>(
                 return Ok(found);
             }
             at += CHUNK as u64;
+            searched += CHUNK as u64;
         }
     }
     Ok(found)

@@ -11,9 +11,12 @@ use crate::task::{Frame, Site, SiteKey, Stack};
 use super::pclntab::Position;
 use super::program::Program;
 
-/// Program counters whose frames are remembered; past that the memory is
+/// Frames of program counters that are remembered; past that the memory is
 /// emptied. A program has a few thousand call sites at which it blocks.
 const MAX_CACHED: usize = 1 << 16;
+
+/// Bytes of names that are remembered.
+const MAX_NAMES: usize = 16 << 20;
 
 /// A program counter of a stack.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -58,7 +61,9 @@ pub struct Symbols {
     bias: LoadBias,
     /// Names and files are shared: few distinct ones cover a million frames.
     strings: FxHashMap<Box<[u8]>, Arc<str>>,
+    strings_len: usize,
     frames: FxHashMap<Pc, Arc<[Resolved]>>,
+    frames_len: usize,
 }
 
 impl Symbols {
@@ -68,17 +73,23 @@ impl Symbols {
             program,
             bias,
             strings: FxHashMap::default(),
+            strings_len: 0,
             frames: FxHashMap::default(),
+            frames_len: 0,
         }
     }
 
-    /// The stack whose program counters are `pcs`, innermost first.
-    pub fn stack(&mut self, pcs: &[Pc]) -> Stack {
+    /// The stack whose program counters are `pcs`, innermost first, as far as
+    /// `most` frames.
+    pub fn stack(&mut self, pcs: &[Pc], most: usize) -> Stack {
         let mut frames: Vec<Frame> = Vec::with_capacity(pcs.len() + 4);
         // A wrapper is shown when it called into a panic rather than what it
         // wraps: runtime.elideWrapperCalling.
         let mut panicked = false;
         for pc in pcs {
+            if frames.len() >= most {
+                break;
+            }
             for resolved in self.resolve(*pc).iter() {
                 let elided = resolved.wrapper && !panicked;
                 panicked = matches!(
@@ -128,7 +139,7 @@ impl Symbols {
         let function = program.table.function(offset)?;
         let mut call = offset;
         if call > function.entry {
-            call.0 -= program.elf.arch.pc_quantum();
+            call.0 = call.0.saturating_sub(program.elf.arch.pc_quantum());
         }
         let (file, line) = program.table.file_line(function, call);
         let position = Position {
@@ -149,9 +160,11 @@ impl Symbols {
             return Arc::clone(frames);
         }
         let frames: Arc<[Resolved]> = self.resolve_afresh(pc).into();
-        if self.frames.len() >= MAX_CACHED {
+        if self.frames_len >= MAX_CACHED {
             self.frames.clear();
+            self.frames_len = 0;
         }
+        self.frames_len += frames.len().max(1);
         self.frames.insert(pc, Arc::clone(&frames));
         frames
     }
@@ -215,8 +228,11 @@ impl Symbols {
         if let Some(string) = self.strings.get(bytes) {
             return Arc::clone(string);
         }
-        if self.strings.len() >= MAX_CACHED {
+        // An entry takes some room, too.
+        self.strings_len += 2 * bytes.len() + 64;
+        if self.strings_len > MAX_NAMES {
             self.strings.clear();
+            self.strings_len = 0;
         }
         let string: Arc<str> = String::from_utf8_lossy(bytes).into();
         self.strings.insert(bytes.into(), Arc::clone(&string));

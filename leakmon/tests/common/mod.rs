@@ -1,0 +1,400 @@
+//! What the end-to-end tests share: the fixtures, their protocol, and leakmon
+//! itself as a child with a time limit.
+//!
+//! Fixtures are found by `LEAKMON_FIXTURES`, the directory with the
+//! manifest.json that `cargo xtask fixtures` writes. Without it these tests
+//! have nothing to do.
+
+// Each test binary uses another part.
+#![allow(dead_code)]
+
+use std::ffi::OsStr;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// How long anything may take before it counts as hung.
+pub(crate) const LIMIT: Duration = Duration::from_secs(30);
+
+/// The folder of fixtures; `None`, which says so once, where there is none.
+pub(crate) fn fixtures() -> Option<PathBuf> {
+    let folder = std::env::var_os("LEAKMON_FIXTURES").map(PathBuf::from);
+    if folder.is_none() {
+        eprintln!("LEAKMON_FIXTURES names no folder of fixtures: nothing is tested");
+    }
+    folder
+}
+
+/// One program of the manifest.
+#[derive(Clone, Debug)]
+pub(crate) struct Fixture {
+    /// `zoo`.
+    pub(crate) program: String,
+    /// `1.26`.
+    pub(crate) go: String,
+    /// `go1.26.8`.
+    pub go_version: String,
+    /// `plain`.
+    pub(crate) variant: String,
+    /// Where it is.
+    pub(crate) path: PathBuf,
+}
+
+/// Every program of the manifest.
+pub(crate) fn manifest() -> Vec<Fixture> {
+    let Some(folder) = fixtures() else {
+        return Vec::new();
+    };
+    let text = std::fs::read(folder.join("manifest.json")).expect("a manifest of fixtures");
+    let manifest: Value = serde_json::from_slice(&text).expect("a manifest in JSON");
+    let word = |value: &Value| value.as_str().expect("a word").to_owned();
+    manifest["fixtures"]
+        .as_array()
+        .expect("a list of fixtures")
+        .iter()
+        .map(|fixture| Fixture {
+            program: word(&fixture["program"]),
+            go: word(&fixture["go"]),
+            go_version: word(&fixture["go_version"]),
+            variant: word(&fixture["variant"]),
+            path: folder.join(word(&fixture["path"])),
+        })
+        .collect()
+}
+
+/// The programs called `program` in this variant, oldest Go first.
+pub(crate) fn all(program: &str, variant: &str) -> Vec<Fixture> {
+    let minor = |fixture: &Fixture| -> u32 {
+        let minor = fixture.go.strip_prefix("1.").expect("Go 1");
+        minor.parse().expect("a version")
+    };
+    let mut found: Vec<Fixture> = manifest()
+        .into_iter()
+        .filter(|fixture| fixture.program == program && fixture.variant == variant)
+        .collect();
+    found.sort_by_key(minor);
+    found
+}
+
+/// The program called `program` in this variant, built by Go 1.26 where there
+/// is one, else by the newest. `None`, which says so, where there is none.
+pub(crate) fn fixture(program: &str, variant: &str) -> Option<Fixture> {
+    fixtures()?;
+    let mut found = all(program, variant);
+    let at_hand = found.iter().position(|fixture| fixture.go == "1.26");
+    let found = at_hand.map(|index| found.remove(index)).or(found.pop());
+    if found.is_none() {
+        eprintln!("there is no fixture {variant}/{program}: it is not tested");
+    }
+    found
+}
+
+/// A directory of its own for one test, removed with it.
+pub(crate) fn scratch() -> tempfile::TempDir {
+    tempfile::Builder::new()
+        .prefix("leakmon-test-")
+        .tempdir_in(env!("CARGO_TARGET_TMPDIR"))
+        .expect("a scratch directory")
+}
+
+/// A child that is killed and reaped with this value, and nothing but it.
+#[derive(Debug)]
+pub(crate) struct Owned(pub(crate) Child);
+
+impl Owned {
+    /// Starts it.
+    pub(crate) fn spawn(command: &mut Command) -> Owned {
+        Owned(
+            command
+                .spawn()
+                .unwrap_or_else(|error| panic!("{command:?}: {error}")),
+        )
+    }
+
+    /// Its pid.
+    pub(crate) fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
+        signal_to(self.pid(), signal);
+    }
+
+    /// Kills and reaps it.
+    pub(crate) fn kill(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Sends a signal to a process that the test started.
+pub(crate) fn signal_to(pid: u32, signal: nix::sys::signal::Signal) {
+    let pid = nix::unistd::Pid::from_raw(pid.cast_signed());
+    nix::sys::signal::kill(pid, signal).expect("a signal to a child");
+}
+
+/// A running fixture that speaks the protocol of fixtures/README.md.
+#[derive(Debug)]
+pub(crate) struct Running {
+    /// Its process: of a program started through another (`unshare`) the outer
+    /// one.
+    pub(crate) child: Owned,
+    /// The pid that it says it has. In a pid namespace of its own it is not
+    /// the one that others see.
+    pub(crate) says: u32,
+    input: Option<ChildStdin>,
+    output: BufReader<ChildStdout>,
+}
+
+impl Running {
+    /// Starts the program at `path`, and waits until it is ready.
+    pub(crate) fn start(path: &Path) -> Running {
+        Running::command(&mut Command::new(path))
+    }
+
+    /// Starts `command`, which ends up as a fixture, and waits until it is
+    /// ready.
+    pub(crate) fn command(command: &mut Command) -> Running {
+        let mut child = Owned::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+        let input = child.0.stdin.take();
+        let output = BufReader::new(child.0.stdout.take().expect("its output"));
+        let mut running = Running {
+            child,
+            says: 0,
+            input,
+            output,
+        };
+        let ready = running.line();
+        let pid = ready
+            .strip_prefix("ready ")
+            .and_then(|pid| pid.parse().ok());
+        running.says = pid.unwrap_or_else(|| panic!("{command:?} says {ready:?}"));
+        running
+    }
+
+    /// Its pid.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.pid()
+    }
+
+    /// Its answer to a command that is answered by one line.
+    pub(crate) fn ask(&mut self, command: &str) -> String {
+        self.tell(command);
+        let answer = self.line();
+        assert!(!answer.starts_with("error "), "{answer}");
+        answer
+    }
+
+    /// Its answer to a command that is answered by `text`.
+    pub(crate) fn text(&mut self, command: &str) -> Vec<u8> {
+        let answer = self.ask(command);
+        self.block(&answer)
+    }
+
+    /// The block of bytes that the line `text BYTES` announces.
+    pub(crate) fn block(&mut self, announcement: &str) -> Vec<u8> {
+        let len = announcement
+            .strip_prefix("text ")
+            .and_then(|len| len.parse().ok());
+        let len = len.unwrap_or_else(|| panic!("{announcement:?} announces no text"));
+        let mut text = vec![0; len];
+        self.output
+            .read_exact(&mut text)
+            .expect("the announced text");
+        text
+    }
+
+    /// `runtime.NumGoroutine()`.
+    pub(crate) fn count(&mut self) -> u64 {
+        let answer = self.ask("count");
+        let count = answer
+            .strip_prefix("count ")
+            .and_then(|count| count.parse().ok());
+        count.unwrap_or_else(|| panic!("count: {answer:?}"))
+    }
+
+    /// Sends a command and does not wait for the answer.
+    pub(crate) fn tell(&mut self, command: &str) {
+        let input = self.input.as_mut().expect("its input is open");
+        writeln!(input, "{command}").expect("it reads its input");
+    }
+
+    /// The next line of its output.
+    pub(crate) fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.output.read_line(&mut line).expect("its output");
+        line.trim_end().to_owned()
+    }
+
+    /// Ends its input, at which it ends; its parent does not reap it.
+    pub(crate) fn end(&mut self) {
+        self.input = None;
+    }
+}
+
+/// leakmon with these arguments.
+pub(crate) fn leakmon<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_leakmon"));
+    command.args(args).env_remove("NO_COLOR");
+    command
+}
+
+/// What a command did.
+#[derive(Debug)]
+pub(crate) struct Done {
+    /// Its exit code; `None` when a signal ended it.
+    pub(crate) code: Option<i32>,
+    /// Standard output.
+    pub(crate) out: String,
+    /// Standard error.
+    pub(crate) err: String,
+    /// How long it took.
+    pub(crate) took: Duration,
+}
+
+impl Done {
+    /// Panics with everything that it said unless it ended with this code.
+    #[track_caller]
+    pub(crate) fn expect_code(&self, code: i32) -> &Done {
+        assert_eq!(self.code, Some(code), "{self:#?}");
+        self
+    }
+
+    /// The objects of `--format json`, one a line.
+    #[track_caller]
+    pub(crate) fn json(&self) -> Vec<Value> {
+        let parse =
+            |line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+        self.out.lines().map(parse).collect()
+    }
+}
+
+/// Runs `command` to its end, which must come within [`LIMIT`].
+#[track_caller]
+pub(crate) fn run(command: &mut Command) -> Done {
+    Started::start(command).finish()
+}
+
+/// A command that runs, with its output read as it comes.
+#[derive(Debug)]
+pub(crate) struct Started {
+    child: Owned,
+    out: JoinHandle<Vec<u8>>,
+    err: JoinHandle<Vec<u8>>,
+    lines: std::sync::mpsc::Receiver<()>,
+    since: Instant,
+    command: String,
+}
+
+impl Started {
+    /// Starts `command` without input.
+    pub(crate) fn start(command: &mut Command) -> Started {
+        let command = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let since = Instant::now();
+        let mut child = Owned::spawn(command);
+        let out = child.0.stdout.take().expect("its output");
+        let mut err = child.0.stderr.take().expect("its errors");
+        let (line, lines) = std::sync::mpsc::channel();
+        Started {
+            child,
+            out: std::thread::spawn(move || {
+                let mut out = BufReader::new(out);
+                let mut all = Vec::new();
+                while out.read_until(b'\n', &mut all).is_ok_and(|len| len > 0) {
+                    // Nobody need count them.
+                    let _ = line.send(());
+                }
+                all
+            }),
+            err: std::thread::spawn(move || {
+                let mut all = Vec::new();
+                let _ = err.read_to_end(&mut all);
+                all
+            }),
+            lines,
+            since,
+            command: format!("{command:?}"),
+        }
+    }
+
+    /// Its pid.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.pid()
+    }
+
+    /// Waits until it has printed another line.
+    #[track_caller]
+    pub(crate) fn wait_for_line(&self) {
+        let line = self.lines.recv_timeout(LIMIT);
+        line.unwrap_or_else(|error| panic!("{} prints nothing: {error}", self.command));
+    }
+
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
+        self.child.signal(signal);
+    }
+
+    /// Waits for its end, which must come within [`LIMIT`].
+    #[track_caller]
+    pub(crate) fn finish(mut self) -> Done {
+        let status = self.wait();
+        let took = self.since.elapsed();
+        let text = |bytes: JoinHandle<Vec<u8>>| {
+            String::from_utf8_lossy(&bytes.join().expect("a reader")).into_owned()
+        };
+        Done {
+            code: status.code(),
+            out: text(self.out),
+            err: text(self.err),
+            took,
+        }
+    }
+
+    #[track_caller]
+    fn wait(&mut self) -> ExitStatus {
+        let until = Instant::now() + LIMIT;
+        loop {
+            if let Some(status) = self.child.0.try_wait().expect("a child") {
+                return status;
+            }
+            assert!(Instant::now() < until, "{} hangs", self.command);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// Waits until `condition` holds, which must come within [`LIMIT`].
+#[track_caller]
+pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let until = Instant::now() + LIMIT;
+    while !condition() {
+        assert!(Instant::now() < until, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The letter that /proc/PID/stat has for a process's state; `None` when it is
+/// gone.
+pub(crate) fn state(pid: u32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
+/// The `go` command: what `LEAKMON_GO` names, or the one in `PATH`.
+pub(crate) fn go() -> PathBuf {
+    std::env::var_os("LEAKMON_GO").map_or_else(|| PathBuf::from("go"), PathBuf::from)
+}

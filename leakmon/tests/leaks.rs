@@ -1,0 +1,229 @@
+//! Leaks are reported exactly and where they are; what is healthy is not.
+
+mod common;
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::process::Command;
+
+use common::{Running, all, fixture, leakmon, run};
+use serde_json::Value;
+
+/// Sites of a report that it says look like leaks.
+fn suspects(report: &Value) -> Vec<&Value> {
+    let sites = report["sites"].as_array().expect("sites");
+    sites
+        .iter()
+        .filter(|site| !site["verdict"].is_null())
+        .collect()
+}
+
+/// Reports of a watch of `pid`.
+fn watch(pid: u32, args: &[&str]) -> Vec<Value> {
+    let pid = pid.to_string();
+    let mut args = args.to_vec();
+    args.extend(["--pid", &pid, "--format", "json"]);
+    run(&mut leakmon(args)).expect_code(0).json()
+}
+
+/// The number of the line of a fixture's source that has `text`.
+fn line_of(source: &str, text: &str) -> u64 {
+    let path = format!("{}/../fixtures/go/{source}", env!("CARGO_MANIFEST_DIR"));
+    let source = std::fs::read_to_string(&path).expect("a fixture's source");
+    let index = source.lines().position(|line| line.contains(text));
+    index.unwrap_or_else(|| panic!("{path} has no {text}")) as u64 + 1
+}
+
+#[track_caller]
+fn expect_place(place: &Value, file: &str, line: u64) {
+    let found = place["file"].as_str().unwrap_or_default();
+    assert!(found.ends_with(file), "{place} is not in {file}");
+    assert_eq!(place["line"], line, "{place}");
+}
+
+/// Three senders, one receiver: every call leaks two.
+#[test]
+fn senders_are_named_within_two_intervals() {
+    let line = line_of("senders/main.go", "results <- i");
+    let mut senders = all("senders", "plain");
+    senders.extend(all("senders", "pgo"));
+    for senders in &senders {
+        let mut target = Running::start(&senders.path);
+        target.ask("call 4");
+        // The first report, and those of two intervals.
+        let reports = watch(
+            target.pid(),
+            &["--interval", "300ms", "--duration", "600ms"],
+        );
+        assert_eq!(reports.len(), 3, "{reports:#?}");
+        for report in &reports {
+            assert_eq!(report["tasks"]["live"], 9, "{senders:?}: {report:#}");
+            let site = &report["sites"][0];
+            assert_eq!((&site["live"], &site["blocked"]), (&8.into(), &8.into()));
+            let waits = site["waits"].as_array().expect("waits");
+            assert_eq!(waits.len(), 1, "{site:#}");
+            assert_eq!(waits[0]["count"], 8);
+            assert_eq!(waits[0]["reason"], "chan send");
+            expect_place(&waits[0]["place"], "senders/main.go", line);
+        }
+        let suspects = suspects(&reports[2]);
+        assert_eq!(suspects.len(), 1, "{senders:?}: {:#}", reports[2]);
+        assert_eq!(suspects[0]["live"], 8);
+        assert_eq!(suspects[0]["not_run"], 8);
+    }
+}
+
+/// A running HTTP server of the fixtures, and a connection to it that is kept.
+struct Server {
+    target: Running,
+    connection: TcpStream,
+}
+
+impl Server {
+    fn start(variant: &str, args: &[&str]) -> Option<Server> {
+        let sum = fixture("sum", variant)?;
+        let mut target = Running::command(Command::new(sum.path).args(args));
+        let line = target.line();
+        let address = line.strip_prefix("listening ").expect("an address");
+        let connection = TcpStream::connect(address).expect("a connection");
+        Some(Server { target, connection })
+    }
+
+    fn get(&mut self, path: &str) -> String {
+        let request = format!("GET {path} HTTP/1.1\r\nHost: sum\r\n\r\n");
+        self.connection
+            .write_all(request.as_bytes())
+            .expect("a request");
+        let mut answer = Vec::new();
+        let mut byte = [0];
+        while !answer.ends_with(b"\r\n\r\n") {
+            self.connection.read_exact(&mut byte).expect("a head");
+            answer.extend(byte);
+        }
+        let head = String::from_utf8(answer).expect("a head");
+        let len = head
+            .lines()
+            .find_map(|line| line.strip_prefix("Content-Length: "));
+        let len = len.and_then(|len| len.parse().ok()).expect("a length");
+        let mut body = vec![0; len];
+        self.connection.read_exact(&mut body).expect("a body");
+        String::from_utf8(body).expect("a body")
+    }
+}
+
+/// A handler that leaks one goroutine a request.
+#[test]
+fn handlers_that_leak_are_counted_exactly_and_grow_old() {
+    let line = line_of("sum/main.go", "audit <- s");
+    for variant in ["plain", "stripped"] {
+        let Some(mut server) = Server::start(variant, &[]) else {
+            return;
+        };
+        for _ in 0..250 {
+            assert_eq!(server.get("/sum?n=10"), "55\n");
+        }
+        let began = std::time::Instant::now();
+        let reports = watch(
+            server.target.pid(),
+            &["--interval", "500ms", "--duration", "1500ms"],
+        );
+        let mut ages = Vec::new();
+        for report in &reports {
+            let site = &report["sites"][0];
+            assert_eq!(
+                (&site["live"], &site["blocked"]),
+                (&250.into(), &250.into())
+            );
+            assert_eq!(site["waits"].as_array().map(Vec::len), Some(1), "{site:#}");
+            let wait = &site["waits"][0];
+            assert_eq!(
+                (&wait["count"], &wait["reason"]),
+                (&250.into(), &"chan send".into())
+            );
+            expect_place(&wait["place"], "sum/main.go", line);
+            ages.push(wait["oldest_wait_seconds"].as_f64().expect("an age"));
+        }
+        assert!(ages.windows(2).all(|pair| pair[0] < pair[1]), "{ages:?}");
+        let last = *ages.last().expect("ages");
+        assert!(
+            last >= 1.4 && last <= began.elapsed().as_secs_f64() + 1.0,
+            "{ages:?}"
+        );
+        let last = reports.last().expect("a report");
+        let suspects = suspects(last);
+        assert_eq!(suspects.len(), 1, "{last:#}");
+        assert_eq!(
+            (&suspects[0]["live"], &suspects[0]["not_run"]),
+            (&250.into(), &250.into())
+        );
+    }
+}
+
+/// While it leaks, as fast as a server of real life does.
+#[test]
+fn a_handler_that_leaks_now_is_marked_as_growing() {
+    let Some(server) = Server::start("plain", &["-load", "50"]) else {
+        return;
+    };
+    let reports = watch(
+        server.target.pid(),
+        &["--interval", "500ms", "--duration", "4s"],
+    );
+    let last = reports.last().expect("a report");
+    let suspects = suspects(last);
+    assert_eq!(suspects.len(), 1, "{last:#}");
+    let line = line_of("sum/main.go", "audit <- s");
+    expect_place(&suspects[0]["waits"][0]["place"], "sum/main.go", line);
+    let rate = suspects[0]["change_per_minute"].as_f64().expect("a rate");
+    assert!((2000.0..4000.0).contains(&rate), "{rate}");
+}
+
+/// Programs that wait for input, for connections, for requests and for work,
+/// and one that is busy: nothing of it is a leak. Of the zoo, in which nothing
+/// ever moves, only the sends are never meant to be.
+#[test]
+fn what_is_idle_or_busy_is_not_suspected() {
+    let Some(mut server) = Server::start("plain", &["-debug"]) else {
+        return;
+    };
+    server.get("/_count");
+    let programs = ["senders", "churner", "pingpong", "heavy", "zoo"];
+    let mut targets: Vec<Running> = programs
+        .iter()
+        .filter_map(|program| fixture(program, "plain"))
+        .map(|program| Running::start(&program.path))
+        .collect();
+    assert_eq!(targets.len(), programs.len());
+    let line = targets[3].line();
+    let address = line.strip_prefix("listening ").expect("an address");
+    let heavy = fixture("heavy", "plain").expect("a program");
+    let _client = common::Owned::spawn(
+        Command::new(heavy.path)
+            .args(["-client", address, "-c", "8", "-d", "30s"])
+            .stdout(std::process::Stdio::null()),
+    );
+    let zoo = targets[4].pid();
+    let mut args: Vec<String> = [
+        "--interval",
+        "500ms",
+        "--duration",
+        "5s",
+        "--format",
+        "json",
+    ]
+    .map(str::to_owned)
+    .into();
+    for target in targets.iter().chain([&server.target]) {
+        args.extend(["--pid".to_owned(), target.pid().to_string()]);
+    }
+    let reports = run(&mut leakmon(args)).expect_code(0).json();
+    assert_eq!(reports.len(), 6 * 11);
+    for report in &reports {
+        for suspect in suspects(report) {
+            let place = &suspect["waits"][0]["place"]["function"];
+            let send = report["process"]["pid"] == zoo && place == "main.sendPlain";
+            assert!(send, "{} {suspect:#}", report["process"]);
+        }
+    }
+    assert!(reports.iter().any(|report| !suspects(report).is_empty()));
+}
