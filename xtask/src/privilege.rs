@@ -21,18 +21,18 @@ pub(crate) fn as_root(program: impl AsRef<OsStr>) -> Run {
     }
 }
 
-/// Fails with the reason where the tests could not load a BPF program or place a probe.
-pub(crate) fn require_bpf() -> Result<()> {
+/// Fails with the reason where a task of xtask could not load a BPF program or place a probe.
+pub(crate) fn require_bpf(task: &str) -> Result<()> {
     if !is_root() {
         bail!(
-            "the tests load BPF programs and read other processes, so they need root: \
-             run `sudo -E env \"PATH=$PATH\" cargo xtask test`"
+            "`cargo xtask {task}` loads BPF programs and reads other processes, so it needs root: \
+             run `sudo -E env \"PATH=$PATH\" cargo xtask {task}`"
         );
     }
     if !Path::new("/sys/bus/event_source/devices/uprobe/type").exists() {
         bail!(
             "this kernel has no uprobes (CONFIG_UPROBE_EVENTS), or /sys is not mounted: \
-             the tests need both"
+             `cargo xtask {task}` needs both"
         );
     }
     if let Err(error) = create_map() {

@@ -13,7 +13,7 @@ use crate::setup;
 /// Sets up, builds and tests.
 pub(crate) fn run() -> Result<()> {
     let start = Instant::now();
-    step("permissions", privilege::require_bpf)?;
+    step("permissions", || privilege::require_bpf("test"))?;
     let go = setup::run()?;
     step("format", || {
         setup::cargo().args(["fmt", "--all", "--check"]).run()
