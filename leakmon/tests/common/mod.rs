@@ -292,7 +292,7 @@ pub(crate) struct Started {
     child: Owned,
     out: JoinHandle<Vec<u8>>,
     err: JoinHandle<Vec<u8>>,
-    lines: std::sync::mpsc::Receiver<()>,
+    lines: std::sync::mpsc::Receiver<String>,
     since: Instant,
     command: String,
 }
@@ -314,9 +314,11 @@ impl Started {
             out: std::thread::spawn(move || {
                 let mut out = BufReader::new(out);
                 let mut all = Vec::new();
+                let mut seen = 0;
                 while out.read_until(b'\n', &mut all).is_ok_and(|len| len > 0) {
-                    // Nobody need count them.
-                    let _ = line.send(());
+                    // Nobody need read them.
+                    let _ = line.send(String::from_utf8_lossy(&all[seen..]).into_owned());
+                    seen = all.len();
                 }
                 all
             }),
@@ -336,11 +338,11 @@ impl Started {
         self.child.pid()
     }
 
-    /// Waits until it has printed another line.
+    /// Waits until it has printed another line, and gives it.
     #[track_caller]
-    pub(crate) fn wait_for_line(&self) {
+    pub(crate) fn wait_for_line(&self) -> String {
         let line = self.lines.recv_timeout(LIMIT);
-        line.unwrap_or_else(|error| panic!("{} prints nothing: {error}", self.command));
+        line.unwrap_or_else(|error| panic!("{} prints nothing: {error}", self.command))
     }
 
     /// Sends it a signal.
