@@ -466,6 +466,7 @@ fn examine(file: &File, bias: LoadBias, snapshot: &Snapshot, random: &mut Random
     assert!(again.groups.iter().map(|group| group.count).sum::<u64>() == again.count);
     let origin = Origin {
         executable: "/program",
+        build_id: None,
         at: SystemTime::UNIX_EPOCH,
     };
     for format in [

@@ -7,6 +7,7 @@
 //! them. What keeps changing is counted, and its stack left out.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use nix::time::{ClockId, clock_gettime};
 use rustc_hash::FxHashMap;
 
 use crate::binary::addr::{LoadBias, RuntimeAddr};
-use crate::process::memory::{Memory, Range};
+use crate::process::memory::{self, Memory};
 use crate::task::{
     Age, Dump, Group, Population, Site, SiteId, SiteKey, Stack, StackId, State, Task,
 };
@@ -26,8 +27,9 @@ use super::program::{Program, Refusal};
 use super::stack::{End, Unwinder};
 use super::symbols::{Pc, Symbols};
 
-/// Goroutines handled at a time: bounds the memory of a census.
-const BATCH: usize = 4096;
+/// Goroutines handled at a time: bounds the memory of a census, and lets what
+/// is read of them stay in the processor's cache until they are counted.
+const BATCH: usize = 1024;
 
 /// The same of a dump, which has all frames of each.
 const DUMP_BATCH: usize = 128;
@@ -189,15 +191,14 @@ impl RawG {
         }
     }
 
-    /// What tells whether it has run.
+    /// What shows whether it has run.
     fn rest(&self) -> Rest {
         Rest {
-            addr: self.addr,
             goid: self.goid,
-            depth: self.depth(),
-            pc: self.resume().map_or(RuntimeAddr(0), |(pc, _)| pc),
+            pc: self.resume().map_or(0, |(pc, _)| pc.0),
             waitsince: self.waitsince,
-            status: self.base_status(),
+            depth: self.depth() as u32,
+            status: self.base_status() as u8,
             waitreason: self.waitreason,
             tracking_seq: self.tracking_seq,
         }
@@ -221,16 +222,18 @@ impl RawG {
     }
 }
 
-/// What tells whether a goroutine has run between two readings of its g.
+/// What shows whether a goroutine has run between two readings.
+///
+/// Small, since it is kept for every goroutine: the upper half of a depth is
+/// left out, which no stack has.
 #[derive(Clone, Copy, Debug)]
 struct Rest {
-    addr: RuntimeAddr,
     goid: u64,
-    depth: u64,
-    /// Where it goes on; 0 while it runs.
-    pc: RuntimeAddr,
+    /// Where it will go on; 0 while it runs.
+    pc: u64,
     waitsince: u64,
-    status: u32,
+    depth: u32,
+    status: u8,
     waitreason: u8,
     tracking_seq: u8,
 }
@@ -241,10 +244,8 @@ impl Rest {
     /// trackingSeq moves each time a goroutine leaves running (casgstatus,
     /// runtime/proc.go); the runtime may move a stack, but not change its
     /// depth, and sets waitsince once while it is blocked.
-    fn is_still(&self, later: &RawG) -> bool {
-        let later = later.rest();
-        self.addr == later.addr
-            && self.goid == later.goid
+    fn is_still(&self, later: &Rest) -> bool {
+        self.goid == later.goid
             && self.status == later.status
             && self.waitreason == later.waitreason
             && self.tracking_seq == later.tracking_seq
@@ -266,7 +267,8 @@ enum Start {
     Callbacks,
 }
 
-/// What is remembered of a g between two censuses, by its place in allgs.
+/// What is remembered of a g between two censuses, by its place in allgs,
+/// where it stays for as long as the process lives (allgadd, runtime/proc.go).
 #[derive(Clone, Copy, Debug)]
 struct Remembered {
     rest: Rest,
@@ -274,8 +276,15 @@ struct Remembered {
     since: u64,
     /// Censuses in a row that found it unchanged.
     still: u8,
-    stack: Option<StackId>,
-    site: SiteId,
+    /// Where it was spawned and stands, when its stack could be read.
+    known: Option<(SiteId, StackId)>,
+}
+
+impl Remembered {
+    /// Whether `g` still stands where it stood, and where that is is known.
+    fn stands_as(&self, g: &RawG) -> bool {
+        self.known.is_some() && self.rest.is_still(&g.rest())
+    }
 }
 
 /// Interns sites and stacks.
@@ -329,13 +338,6 @@ impl Tallies {
         Arc::make_mut(&mut self.sites).push(site);
         self.site_ids.insert(key, id);
         id
-    }
-
-    /// The key of a site.
-    fn key(&self, id: SiteId) -> SiteKey {
-        self.sites
-            .get(id.0 as usize)
-            .map_or(OTHER_SITES, |site| site.key)
     }
 
     /// The stack with these program counters; `None` when there are too many.
@@ -401,10 +403,28 @@ struct Read {
     index: usize,
     g: RawG,
     start: Start,
-    /// Its program counters, when its stack was read afresh and whole.
-    fresh: Option<Vec<Pc>>,
+    /// Its program counters in [`Batch::pcs`], when its stack was read afresh
+    /// and whole.
+    fresh: Option<Range<usize>>,
     /// It kept changing.
     unstable: bool,
+}
+
+/// Goroutines that are read together, and the buffers for it: fresh memory for
+/// each batch would cost more than the reading.
+#[derive(Default)]
+struct Batch {
+    reads: Vec<Read>,
+    pcs: Vec<Pc>,
+    gs: Vec<u8>,
+    stacks: Vec<u8>,
+}
+
+impl Batch {
+    /// The program counters of `read`, when its stack was read afresh.
+    fn fresh(&self, read: &Read) -> Option<&[Pc]> {
+        self.pcs.get(read.fresh.clone()?)
+    }
 }
 
 impl<M: Memory> Census<M> {
@@ -476,16 +496,12 @@ impl<M: Memory> Census<M> {
     }
 
     fn count(&mut self) -> Result<Population, Refusal> {
-        let sites = Arc::clone(&self.tallies.sites);
         if self.tallies.trim() {
             // Ages go on; only what names the forgotten tables goes.
             for remembered in self.remembered.iter_mut().flatten() {
-                remembered.stack = None;
-                let key = sites[remembered.site.0 as usize].key;
-                remembered.site = self.tallies.site(key);
+                remembered.known = None;
             }
         }
-        drop(sites);
         self.stack_bytes = 0;
         let started = Instant::now();
         let now = monotonic_ns();
@@ -504,14 +520,12 @@ impl<M: Memory> Census<M> {
         let mut groups = Groups::default();
         let gs = self.all_gs()?;
         self.remembered.truncate(gs.len());
-        for first in (0..gs.len()).step_by(BATCH) {
-            let batch = &gs[first..gs.len().min(first + BATCH)];
-            // Grows by goroutines that are really there.
-            if self.remembered.len() < first + batch.len() {
-                self.remembered.resize(first + batch.len(), None);
-            }
-            for read in self.read_batch(batch, first, CENSUS_FRAMES, true)? {
-                self.tally(&read, now, &mut population, &mut groups);
+        let mut batch = Batch::default();
+        for (n, addrs) in gs.chunks(BATCH).enumerate() {
+            self.read_batch(&mut batch, addrs, n * BATCH, CENSUS_FRAMES, true)?;
+            self.remember(n * BATCH + addrs.len());
+            for read in &batch.reads {
+                self.tally(read, batch.fresh(read), now, &mut population, &mut groups);
             }
         }
         self.memory_check()?;
@@ -522,7 +536,26 @@ impl<M: Memory> Census<M> {
         Ok(population)
     }
 
-    fn tally(&mut self, read: &Read, now: u64, population: &mut Population, groups: &mut Groups) {
+    /// Makes room for the first `len` goroutines, which are really there: a
+    /// quarter more than needed, since there may be millions.
+    fn remember(&mut self, len: usize) {
+        let missing = len.saturating_sub(self.remembered.len());
+        if self.remembered.capacity() < len {
+            self.remembered.reserve_exact(missing + len / 4);
+        }
+        if missing > 0 {
+            self.remembered.resize(len, None);
+        }
+    }
+
+    fn tally(
+        &mut self,
+        read: &Read,
+        fresh: Option<&[Pc]>,
+        now: u64,
+        population: &mut Population,
+        groups: &mut Groups,
+    ) {
         let slot = self.remembered[read.index];
         if !read.g.exists() {
             self.remembered[read.index] = None;
@@ -540,32 +573,30 @@ impl<M: Memory> Census<M> {
         population.count += 1;
         population.unstable += u64::from(read.unstable);
         *population.states.entry(state).or_default() += 1;
-        let before = slot.filter(|slot| slot.rest.is_still(&read.g));
+        let rest = read.g.rest();
+        let before = slot.filter(|slot| slot.rest.is_still(&rest));
         let blocked = matches!(state, State::Waiting | State::Leaked | State::Syscall);
         let not_run = before.is_some() && blocked;
         let since = match before {
             Some(before) if not_run => before.since,
             _ => now,
         };
-        let stack = match &read.fresh {
+        let known = before.and_then(|before| before.known);
+        let site = known.map_or_else(|| self.tallies.site(read.g.site()), |(site, _)| site);
+        let stack = match fresh {
             Some(pcs) => self.tallies.stack(pcs),
-            None => before.and_then(|before| before.stack),
-        };
-        let site = match slot {
-            Some(slot) if self.tallies.key(slot.site) == read.g.site() => slot.site,
-            _ => self.tallies.site(read.g.site()),
+            None => known.map(|(_, stack)| stack),
         };
         let at_rest = !read.unstable && read.g.resume().is_some();
         population.untold += u64::from(at_rest && stack.is_none());
         self.remembered[read.index] = Some(Remembered {
-            rest: read.g.rest(),
+            rest,
             since,
             still: match before {
                 Some(before) if not_run => before.still.saturating_add(1),
                 _ => 0,
             },
-            stack,
-            site,
+            known: stack.map(|stack| (site, stack)),
         });
         let reason = read.g.wait_reason();
         let waited_since = match read.g.waitsince {
@@ -613,11 +644,16 @@ impl<M: Memory> Census<M> {
             .filter(|(_, slot)| slot.is_some_and(|slot| slot.still < SURE))
             .map(|(index, _)| index)
             .collect();
+        if unsure.is_empty() {
+            return Ok(());
+        }
+        let gs = self.all_gs()?;
+        let mut buf = Vec::new();
         for indices in unsure.chunks(BATCH) {
-            let slots = indices.iter().filter_map(|index| self.remembered[*index]);
-            let addrs: Vec<RuntimeAddr> = slots.map(|slot| slot.rest.addr).collect();
-            let gs = match self.read_gs(&addrs) {
-                Ok(gs) => gs,
+            let addrs: Vec<RuntimeAddr> =
+                indices.iter().map_while(|i| gs.get(*i)).copied().collect();
+            let runs = match self.read_gs(&addrs, &mut buf) {
+                Ok(runs) => runs,
                 Err(refusal) => {
                     // Nothing is known to have stood still.
                     self.remembered.clear();
@@ -625,11 +661,17 @@ impl<M: Memory> Census<M> {
                     return Err(refusal);
                 }
             };
-            for (index, g) in indices.iter().zip(gs) {
+            for ((index, start), addr) in indices.iter().zip(&runs.starts).zip(&addrs) {
+                let rest = self.decode(&buf, *start, *addr)?.rest();
                 if let Some(slot) = &mut self.remembered[*index]
-                    && !slot.rest.is_still(&g)
+                    && !slot.rest.is_still(&rest)
                 {
-                    (slot.rest, slot.since, slot.still, slot.stack) = (g.rest(), now, 0, None);
+                    *slot = Remembered {
+                        rest,
+                        since: now,
+                        still: 0,
+                        known: None,
+                    };
                 }
             }
         }
@@ -652,14 +694,15 @@ impl<M: Memory> Census<M> {
         let mut tasks = Vec::new();
         let now = monotonic_ns();
         let gs = self.all_gs()?;
-        for first in (0..gs.len()).step_by(DUMP_BATCH) {
-            let batch = &gs[first..gs.len().min(first + DUMP_BATCH)];
-            for read in self.read_batch(batch, first, DUMP_FRAMES, false)? {
+        let mut batch = Batch::default();
+        for (n, addrs) in gs.chunks(DUMP_BATCH).enumerate() {
+            self.read_batch(&mut batch, addrs, n * DUMP_BATCH, DUMP_FRAMES, false)?;
+            for read in &batch.reads {
                 let g = &read.g;
                 let Some(state) = g.state().filter(|_| g.exists()) else {
                     continue;
                 };
-                let stack = read.fresh.as_ref().and_then(|pcs| tallies.stack(pcs));
+                let stack = batch.fresh(read).and_then(|pcs| tallies.stack(pcs));
                 let shown = match read.start {
                     Start::User => true,
                     Start::System => false,
@@ -743,21 +786,25 @@ impl<M: Memory> Census<M> {
         Ok(gs)
     }
 
-    /// Reads the goroutines at `addrs`, which are at `first` in allgs.
+    /// Reads the goroutines at `addrs`, which are at `first` in allgs, into
+    /// `batch`.
     ///
     /// With `reuse`, the stack of one that has not run since the last census
     /// is not read again.
     fn read_batch(
         &mut self,
+        batch: &mut Batch,
         addrs: &[RuntimeAddr],
         first: usize,
         frames: usize,
         reuse: bool,
-    ) -> Result<Vec<Read>, Refusal> {
-        let gs = self.read_gs(addrs)?;
-        let mut reads = Vec::with_capacity(gs.len());
+    ) -> Result<(), Refusal> {
+        batch.reads.clear();
+        batch.pcs.clear();
+        let runs = self.read_gs(addrs, &mut batch.gs)?;
         let mut todo = Vec::new();
-        for (i, g) in gs.into_iter().enumerate() {
+        for (i, addr) in addrs.iter().enumerate() {
+            let g = self.decode(&batch.gs, runs.starts[i], *addr)?;
             let index = first + i;
             let start = if g.exists() {
                 self.start(&g)
@@ -768,21 +815,18 @@ impl<M: Memory> Census<M> {
                 && self
                     .remembered
                     .get(index)
-                    .copied()
-                    .flatten()
-                    .is_some_and(|before| before.stack.is_some() && before.rest.is_still(&g));
+                    .is_some_and(|slot| slot.is_some_and(|before| before.stands_as(&g)));
             if g.exists() && start != Start::System && !known {
                 if self.self_check(&g).is_err() {
                     // The runtime was just moving its stack, perhaps: what is
                     // wrong twice is wrong.
-                    let again = self.read_gs(&[g.addr])?[0];
-                    self.self_check(&again)?;
+                    self.self_check(&self.read_g(g.addr)?)?;
                 }
                 if g.resume().is_some() {
                     todo.push(i);
                 }
             }
-            reads.push(Read {
+            batch.reads.push(Read {
                 index,
                 g,
                 start,
@@ -794,56 +838,67 @@ impl<M: Memory> Census<M> {
             if todo.is_empty() {
                 break;
             }
-            todo = self.read_stacks(&mut reads, &todo, frames)?;
+            todo = self.read_stacks(batch, &todo, frames)?;
             if attempt > 0 {
                 // What still changes is running: give it the time to rest.
                 std::thread::yield_now();
             }
         }
         for i in todo {
-            reads[i].unstable = true;
+            batch.reads[i].unstable = true;
         }
-        Ok(reads)
+        Ok(())
     }
 
-    /// Reads the gs at `addrs`.
-    fn read_gs(&self, addrs: &[RuntimeAddr]) -> Result<Vec<RawG>, Refusal> {
+    /// Reads the gs at `addrs` into `buf`.
+    fn read_gs(&self, addrs: &[RuntimeAddr], buf: &mut Vec<u8>) -> Result<Runs, Refusal> {
         let runs = Runs::of(addrs.iter().copied(), self.program.layout.g_len());
-        let mut buf = vec![0; runs.len];
-        if self.memory.read_ranges(&runs.ranges, &mut buf)? < runs.len {
+        buf.resize(runs.len, 0);
+        if self.memory.read_ranges(&runs.ranges, buf)? < runs.len {
             return Err(Refusal::Unproven(
                 "runtime.allgs points to memory that is not there".to_owned(),
             ));
         }
-        let decode = |(start, addr): (&usize, &RuntimeAddr)| {
-            RawG::decode(buf.get(*start..)?, *addr, &self.program.layout)
-        };
-        runs.starts
-            .iter()
-            .zip(addrs)
-            .map(decode)
-            .collect::<Option<Vec<RawG>>>()
+        Ok(runs)
+    }
+
+    /// Reads the g at `addr`.
+    fn read_g(&self, addr: RuntimeAddr) -> Result<RawG, Refusal> {
+        let mut buf = Vec::new();
+        self.read_gs(&[addr], &mut buf)?;
+        self.decode(&buf, 0, addr)
+    }
+
+    /// Decodes the g of `addr`, which is in `buf` at `start`.
+    fn decode(&self, buf: &[u8], start: usize, addr: RuntimeAddr) -> Result<RawG, Refusal> {
+        buf.get(start..)
+            .and_then(|bytes| RawG::decode(bytes, addr, &self.program.layout))
             .ok_or_else(|| Refusal::Unproven("a runtime.g could not be decoded".to_owned()))
     }
 
-    /// Reads the stacks of `reads[i]` for each `i` of `todo`, and each g once
-    /// more behind its stack. Returns those that changed meanwhile; they hold
-    /// their newest g.
+    /// Reads the stacks of `batch.reads[i]` for each `i` of `todo`, and each g
+    /// once more behind its stack. Returns those that changed meanwhile; they
+    /// hold their newest g.
     fn read_stacks(
         &mut self,
-        reads: &mut [Read],
+        batch: &mut Batch,
         todo: &[usize],
         frames: usize,
     ) -> Result<Vec<usize>, Refusal> {
         let g_len = self.program.layout.g_len();
         let mut alone = Vec::new();
-        let mut buf = Vec::new();
+        let Batch {
+            reads,
+            pcs,
+            stacks: buf,
+            ..
+        } = batch;
         for part in todo.chunks(STACKS_AT_ONCE) {
             let mut ranges = Vec::with_capacity(part.len() * 2);
             for i in part {
                 let g = &reads[*i].g;
                 let (_, sp) = g.resume().unwrap_or_default();
-                ranges.push(Range {
+                ranges.push(memory::Range {
                     addr: RuntimeAddr(sp),
                     len: g.depth().min(STACK_FIRST) as usize,
                 });
@@ -856,7 +911,7 @@ impl<M: Memory> Census<M> {
             let runs = Runs::of(part.iter().map(|i| reads[*i].g.addr), g_len);
             ranges.extend(&runs.ranges);
             buf.resize(stacks_len + runs.len, 0);
-            let done = self.memory.read_ranges(&ranges, &mut buf)?;
+            let done = self.memory.read_ranges(&ranges, buf)?;
             if done < buf.len() {
                 // A stack that was freed meanwhile ends the whole read.
                 alone.extend(part);
@@ -867,7 +922,7 @@ impl<M: Memory> Census<M> {
             for (n, i) in part.iter().enumerate() {
                 let stack = &stacks[at..at + ranges[n].len];
                 at += ranges[n].len;
-                match self.unwind(&mut reads[*i], stack, &gs[runs.starts[n]..], frames) {
+                match self.unwind(&mut reads[*i], stack, &gs[runs.starts[n]..], frames, pcs) {
                     Outcome::Done => {}
                     Outcome::Changed | Outcome::Deeper => alone.push(*i),
                 }
@@ -875,7 +930,7 @@ impl<M: Memory> Census<M> {
         }
         let mut left = Vec::new();
         for i in alone {
-            if !self.read_alone(&mut reads[i], frames)? {
+            if !self.read_alone(&mut reads[i], frames, pcs)? {
                 left.push(i);
             }
         }
@@ -884,7 +939,12 @@ impl<M: Memory> Census<M> {
 
     /// Reads one goroutine's stack, as much of it as needed. False when it
     /// changed meanwhile.
-    fn read_alone(&mut self, read: &mut Read, frames: usize) -> Result<bool, Refusal> {
+    fn read_alone(
+        &mut self,
+        read: &mut Read,
+        frames: usize,
+        pcs: &mut Vec<Pc>,
+    ) -> Result<bool, Refusal> {
         let g_len = self.program.layout.g_len();
         let mut want = STACK_FIRST;
         loop {
@@ -897,11 +957,11 @@ impl<M: Memory> Census<M> {
                 return Ok(true);
             }
             let ranges = [
-                Range {
+                memory::Range {
                     addr: RuntimeAddr(sp),
                     len,
                 },
-                Range {
+                memory::Range {
                     addr: read.g.addr,
                     len: g_len,
                 },
@@ -909,11 +969,11 @@ impl<M: Memory> Census<M> {
             let mut buf = vec![0; len + g_len];
             if self.memory.read_ranges(&ranges, &mut buf)? < buf.len() {
                 // Freed under our hands: look at the g again.
-                read.g = self.read_gs(&[read.g.addr])?[0];
+                read.g = self.read_g(read.g.addr)?;
                 return Ok(!read.g.exists());
             }
             let (stack, g) = buf.split_at(len);
-            match self.unwind(read, stack, g, frames) {
+            match self.unwind(read, stack, g, frames, pcs) {
                 Outcome::Done => return Ok(true),
                 Outcome::Changed => return Ok(false),
                 Outcome::Deeper => want = want.saturating_mul(8),
@@ -921,11 +981,18 @@ impl<M: Memory> Census<M> {
         }
     }
 
-    fn unwind(&mut self, read: &mut Read, stack: &[u8], g: &[u8], frames: usize) -> Outcome {
+    fn unwind(
+        &mut self,
+        read: &mut Read,
+        stack: &[u8],
+        g: &[u8],
+        frames: usize,
+        pcs: &mut Vec<Pc>,
+    ) -> Outcome {
         let Some(now) = RawG::decode(g, read.g.addr, &self.program.layout) else {
             return Outcome::Changed;
         };
-        if !read.g.rest().is_still(&now) || read.g.resume() != now.resume() {
+        if !read.g.rest().is_still(&now.rest()) || read.g.resume() != now.resume() {
             read.g = now;
             // One that has ended or runs has no stack to read.
             return if now.exists() && now.resume().is_some() {
@@ -937,15 +1004,17 @@ impl<M: Memory> Census<M> {
         let Some((pc, _)) = now.resume() else {
             return Outcome::Done;
         };
-        let mut pcs = Vec::with_capacity(16);
-        match self.unwinder.unwind(pc, stack, frames, &mut pcs) {
-            End::Top | End::Lost | End::Limit => read.fresh = Some(pcs),
+        let start = pcs.len();
+        match self.unwinder.unwind(pc, stack, frames, pcs) {
             End::Short if (stack.len() as u64) < now.depth().min(STACK_MOST) => {
+                pcs.truncate(start);
                 return Outcome::Deeper;
             }
-            // The stack's end was reached, or an address that is none of Go's:
-            // so much of it is true.
-            End::Short | End::Torn => read.fresh = Some(pcs),
+            // Also where the stack's end was reached, or an address that is
+            // none of Go's: so much of it is true.
+            End::Top | End::Lost | End::Limit | End::Short | End::Torn => {
+                read.fresh = Some(start..pcs.len());
+            }
         }
         Outcome::Done
     }
@@ -1007,7 +1076,7 @@ impl<M: Memory> Census<M> {
 
 /// Reads of equal length at many addresses, neighbours joined.
 struct Runs {
-    ranges: Vec<Range>,
+    ranges: Vec<memory::Range>,
     /// Where in the buffer each read starts.
     starts: Vec<usize>,
     /// Bytes in all.
@@ -1035,7 +1104,7 @@ impl Runs {
                 }
             }
             runs.starts.push(runs.len);
-            runs.ranges.push(Range { addr, len: each });
+            runs.ranges.push(memory::Range { addr, len: each });
             runs.len += each;
         }
         runs

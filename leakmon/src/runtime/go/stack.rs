@@ -71,7 +71,7 @@ impl Unwinder {
     }
 
     /// Unwinds from `pc`, with `stack` being the bytes from the stack pointer
-    /// up, into `pcs`, at most `limit` of them.
+    /// up, and adds what it finds to `pcs`, at most `limit` of them.
     pub fn unwind(
         &mut self,
         pc: RuntimeAddr,
@@ -84,7 +84,7 @@ impl Unwinder {
             let bytes = stack.get(at..at.checked_add(8)?)?;
             Some(RuntimeAddr(u64::from_le_bytes(bytes.try_into().ok()?)))
         };
-        pcs.clear();
+        let first = pcs.len();
         let mut sp = 0usize;
         let mut pc = pc;
         let mut exact = false;
@@ -92,7 +92,7 @@ impl Unwinder {
             let Some(step) = self.step(pc) else {
                 return End::Torn;
             };
-            if pcs.len() == limit {
+            if pcs.len() - first == limit {
                 return End::Limit;
             }
             pcs.push(if exact {
