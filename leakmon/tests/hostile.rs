@@ -7,6 +7,7 @@
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
@@ -777,6 +778,68 @@ fn made_up_goroutines() {
         eprintln!("{kind:?}: {count} goroutines in {:?}", started.elapsed());
     }
 }
+
+/// A memory in which `runtime.allgs` has just been outgrown: the first reading
+/// of its address leads elsewhere.
+struct Moving<'a> {
+    snapshot: &'a Snapshot,
+    allgptr: RuntimeAddr,
+    elsewhere: u64,
+    moved: Cell<bool>,
+}
+
+impl Memory for &Moving<'_> {
+    fn read(&self, addr: RuntimeAddr, buf: &mut [u8]) -> Result<(), MemoryError> {
+        if addr == self.allgptr && !self.moved.replace(true) {
+            buf.copy_from_slice(&self.elsewhere.to_le_bytes()[..buf.len()]);
+            return Ok(());
+        }
+        self.snapshot.read(addr, buf)
+    }
+
+    fn still_the_same(&self) -> Result<(), MemoryError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn an_outgrown_array_is_not_believed() {
+    let Some(fixture) = fixture("senders", "plain") else {
+        return;
+    };
+    let original = Original::of(&fixture);
+    let elf = Elf::parse(&original.bytes[..]).expect("an ELF file");
+    let snapshot = &original.snapshot;
+    let program = open(&fixture.path, elf, original.bias, &snapshot);
+    let mut census = Census::new(
+        snapshot,
+        Arc::clone(&program),
+        original.bias,
+        original.tables,
+    );
+    let count = census.population().expect("a census").count;
+    assert_eq!(count, 61);
+    // Not mapped, the program's text, and an array of one goroutine many times.
+    for elsewhere in [8, original.bias.runtime(program.text).0, ARRAY_OF_ONE_G] {
+        let mut snapshot = snapshot.clone();
+        let array = original.waiting.0.to_le_bytes().repeat(1 << 10);
+        snapshot.regions.push((ARRAY_OF_ONE_G, array));
+        snapshot.regions.sort_by_key(|(start, _)| *start);
+        let moving = Moving {
+            snapshot: &snapshot,
+            allgptr: original.tables.allgptr,
+            elsewhere,
+            moved: Cell::new(false),
+        };
+        let program = Arc::clone(&program);
+        let mut census = Census::new(&moving, program, original.bias, original.tables);
+        let found = census.population().expect("a census").count;
+        assert_eq!(found, count, "{elsewhere:#x}");
+    }
+}
+
+/// An address at which no program has anything.
+const ARRAY_OF_ONE_G: u64 = 0x1234_0000_0000;
 
 /// Numbers of goroutines that no program has are refused, without an attempt
 /// to keep as many.

@@ -474,7 +474,14 @@ impl<M: Memory> Census<M> {
     /// [`Refusal`]: the process is gone or replaced, or its tables are not what
     /// its version promises.
     pub fn population(&mut self) -> Result<Population, Refusal> {
-        self.twice(Census::count)
+        self.twice(|census| {
+            let counted = census.count();
+            if counted.is_err() {
+                // Half a census is none to hold the next against.
+                census.remembered.clear();
+            }
+            counted
+        })
     }
 
     /// What is wrong twice, in a process that still runs the same program, is
