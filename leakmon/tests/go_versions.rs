@@ -141,27 +141,11 @@ fn compare(zoo: &Fixture, mode: &[&str]) -> Differences {
     differences
 }
 
-/// The goroutines of a debug=2 dump but goroutine 1, in its order, without the
-/// arguments of calls.
+/// The goroutines of a debug=2 dump but goroutine 1.
 fn dump(text: &str) -> Vec<String> {
-    text.split("\n\n")
-        .map(str::trim_end)
-        .filter(|goroutine| !goroutine.starts_with("goroutine 1 ["))
-        .map(|goroutine| {
-            let mut lines = goroutine.lines();
-            let mut kept = lines.next().unwrap_or_default().to_owned();
-            for line in lines {
-                // Arguments hold no parenthesis, names do.
-                let call = !line.starts_with('\t') && !line.starts_with("created by ");
-                let line = match line.rfind('(').filter(|_| call) {
-                    Some(arguments) => format!("{}(...)", &line[..arguments]),
-                    None => line.to_owned(),
-                };
-                kept = kept + "\n" + &line;
-            }
-            kept
-        })
-        .collect()
+    let mut goroutines = common::goroutines(text);
+    goroutines.retain(|goroutine| !goroutine.starts_with("goroutine 1 ["));
+    goroutines
 }
 
 /// How many different states, stacks and creators there are.

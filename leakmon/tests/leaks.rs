@@ -2,11 +2,9 @@
 
 mod common;
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
 use std::process::Command;
 
-use common::{Running, all, fixture, leakmon, run};
+use common::{Connection, Running, all, fixture, leakmon, run};
 use serde_json::Value;
 
 /// Sites of a report that it says look like leaks.
@@ -76,7 +74,7 @@ fn senders_are_named_within_two_intervals() {
 /// A running HTTP server of the fixtures, and a connection to it that is kept.
 struct Server {
     target: Running,
-    connection: TcpStream,
+    connection: Connection,
 }
 
 impl Server {
@@ -85,29 +83,8 @@ impl Server {
         let mut target = Running::command(Command::new(sum.path).args(args));
         let line = target.line();
         let address = line.strip_prefix("listening ").expect("an address");
-        let connection = TcpStream::connect(address).expect("a connection");
+        let connection = Connection::open(address).expect("a connection");
         Some(Server { target, connection })
-    }
-
-    fn get(&mut self, path: &str) -> String {
-        let request = format!("GET {path} HTTP/1.1\r\nHost: sum\r\n\r\n");
-        self.connection
-            .write_all(request.as_bytes())
-            .expect("a request");
-        let mut answer = Vec::new();
-        let mut byte = [0];
-        while !answer.ends_with(b"\r\n\r\n") {
-            self.connection.read_exact(&mut byte).expect("a head");
-            answer.extend(byte);
-        }
-        let head = String::from_utf8(answer).expect("a head");
-        let len = head
-            .lines()
-            .find_map(|line| line.strip_prefix("Content-Length: "));
-        let len = len.and_then(|len| len.parse().ok()).expect("a length");
-        let mut body = vec![0; len];
-        self.connection.read_exact(&mut body).expect("a body");
-        String::from_utf8(body).expect("a body")
     }
 }
 
@@ -120,7 +97,7 @@ fn handlers_that_leak_are_counted_exactly_and_grow_old() {
             return;
         };
         for _ in 0..250 {
-            assert_eq!(server.get("/sum?n=10"), "55\n");
+            assert_eq!(server.connection.get("/sum?n=10"), "55\n");
         }
         let began = std::time::Instant::now();
         let reports = watch(
@@ -186,7 +163,7 @@ fn what_is_idle_or_busy_is_not_suspected() {
     let Some(mut server) = Server::start("plain", &["-debug"]) else {
         return;
     };
-    server.get("/_count");
+    server.connection.get("/_count");
     let programs = ["senders", "churner", "pingpong", "heavy", "zoo"];
     let mut targets: Vec<Running> = programs
         .iter()

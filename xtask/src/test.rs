@@ -39,6 +39,7 @@ pub(crate) fn run() -> Result<()> {
             .args(["test", "--release"])
             .env("LEAKMON_FIXTURES", &built.folder)
             .env("LEAKMON_REAL", &programs)
+            .env("LEAKMON_GO", go.program())
             .run()
     })?;
     println!("==> all passed in {}", progress::seconds(start.elapsed()));

@@ -10,6 +10,7 @@
 
 use std::ffi::OsStr;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::thread::JoinHandle;
@@ -292,7 +293,7 @@ pub(crate) struct Started {
     child: Owned,
     out: JoinHandle<Vec<u8>>,
     err: JoinHandle<Vec<u8>>,
-    lines: std::sync::mpsc::Receiver<()>,
+    lines: std::sync::mpsc::Receiver<String>,
     since: Instant,
     command: String,
 }
@@ -314,9 +315,11 @@ impl Started {
             out: std::thread::spawn(move || {
                 let mut out = BufReader::new(out);
                 let mut all = Vec::new();
+                let mut seen = 0;
                 while out.read_until(b'\n', &mut all).is_ok_and(|len| len > 0) {
-                    // Nobody need count them.
-                    let _ = line.send(());
+                    // Nobody need read them.
+                    let _ = line.send(String::from_utf8_lossy(&all[seen..]).into_owned());
+                    seen = all.len();
                 }
                 all
             }),
@@ -336,11 +339,11 @@ impl Started {
         self.child.pid()
     }
 
-    /// Waits until it has printed another line.
+    /// Waits until it has printed another line, and gives it.
     #[track_caller]
-    pub(crate) fn wait_for_line(&self) {
+    pub(crate) fn wait_for_line(&self) -> String {
         let line = self.lines.recv_timeout(LIMIT);
-        line.unwrap_or_else(|error| panic!("{} prints nothing: {error}", self.command));
+        line.unwrap_or_else(|error| panic!("{} prints nothing: {error}", self.command))
     }
 
     /// Sends it a signal.
@@ -397,4 +400,91 @@ pub(crate) fn state(pid: u32) -> Option<char> {
 /// The `go` command: what `LEAKMON_GO` names, or the one in `PATH`.
 pub(crate) fn go() -> PathBuf {
     std::env::var_os("LEAKMON_GO").map_or_else(|| PathBuf::from("go"), PathBuf::from)
+}
+
+/// An HTTP connection that is kept between requests.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    address: String,
+    stream: BufReader<TcpStream>,
+}
+
+impl Connection {
+    /// Connects to `address`.
+    pub(crate) fn open(address: &str) -> std::io::Result<Connection> {
+        let stream = TcpStream::connect(address)?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        Ok(Connection {
+            address: address.to_owned(),
+            stream: BufReader::new(stream),
+        })
+    }
+
+    /// The body of the answer to `GET path`, which must be 200.
+    #[track_caller]
+    pub(crate) fn get(&mut self, path: &str) -> String {
+        let request = format!("GET {path} HTTP/1.1\r\nHost: {}\r\n\r\n", self.address);
+        let sent = self.stream.get_mut().write_all(request.as_bytes());
+        sent.expect("a request");
+        let status = self.line();
+        assert!(status.starts_with("HTTP/1.1 200 "), "{path}: {status}");
+        let (mut len, mut chunked) = (None, false);
+        loop {
+            let line = self.line().to_ascii_lowercase();
+            if line.is_empty() {
+                break;
+            }
+            chunked |= line == "transfer-encoding: chunked";
+            let length = line.strip_prefix("content-length: ");
+            len = len.or(length.and_then(|len| len.parse().ok()));
+        }
+        let mut body = Vec::new();
+        if chunked {
+            loop {
+                let len = usize::from_str_radix(&self.line(), 16).expect("a chunk");
+                self.read(len, &mut body);
+                assert_eq!(self.line(), "");
+                if len == 0 {
+                    break;
+                }
+            }
+        } else {
+            self.read(len.expect("a length"), &mut body);
+        }
+        String::from_utf8(body).expect("a body in UTF-8")
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.stream.read_line(&mut line).expect("an answer");
+        line.trim_end().to_owned()
+    }
+
+    fn read(&mut self, len: usize, body: &mut Vec<u8>) {
+        let start = body.len();
+        body.resize(start + len, 0);
+        self.stream
+            .read_exact(&mut body[start..])
+            .expect("an answer");
+    }
+}
+
+/// The goroutines of a debug=2 dump, in its order, without the arguments of
+/// calls.
+pub(crate) fn goroutines(dump: &str) -> Vec<String> {
+    let without_arguments = |goroutine: &str| {
+        let mut lines = goroutine.trim_end().lines();
+        let mut kept = lines.next().unwrap_or_default().to_owned();
+        for line in lines {
+            // Arguments hold no parenthesis, names do.
+            let call = !line.starts_with('\t') && !line.starts_with("created by ");
+            kept.push('\n');
+            match line.rfind('(').filter(|_| call) {
+                Some(arguments) => kept.extend([&line[..arguments], "(...)"]),
+                None => kept.push_str(line),
+            }
+        }
+        kept
+    };
+    dump.split("\n\n").map(without_arguments).collect()
 }

@@ -21,6 +21,8 @@ const HEADER: usize = 72;
 const PCDATA_INL_TREE_INDEX: u32 = 2;
 /// `FUNCDATA_InlTree`, internal/abi/symtab.go (runtime/funcdata.h).
 const FUNCDATA_INL_TREE: u32 = 3;
+/// `FUNCDATA_WrapInfo`, internal/abi/symtab.go (runtime/funcdata.h).
+const FUNCDATA_WRAP_INFO: u32 = 7;
 
 /// `FuncFlagTopFrame`, internal/abi/symtab.go.
 const FLAG_TOP_FRAME: u8 = 1;
@@ -310,17 +312,35 @@ impl Pclntab {
         if self.modern { 40 } else { 36 }
     }
 
+    /// The function that `function` was made for, where the compiler made it to
+    /// carry the arguments of a `go` statement: runtime.startPCForTrace.
+    pub fn wrapped<D: FunctionData + ?Sized>(
+        &self,
+        function: Function,
+        data: &D,
+    ) -> Option<Function> {
+        let at = self.function_data(function, FUNCDATA_WRAP_INFO)?;
+        let mut entry = [0; 4];
+        data.read(at as u64, &mut entry)?;
+        self.function(TextOffset(u32::from_le_bytes(entry)))
+    }
+
     fn inline_tree(&self, function: Function) -> Option<usize> {
+        self.function_data(function, FUNCDATA_INL_TREE)
+    }
+
+    /// Where a function's data of this kind starts, from `moduledata.gofunc`.
+    fn function_data(&self, function: Function, which: u32) -> Option<usize> {
         let ids = function.at.checked_add(self.ids())?;
         let pc_data_count = self.u32_at(function.at.checked_add(28)?)? as usize;
         let count = u32::from(*self.bytes.get(ids + 3)?);
-        if FUNCDATA_INL_TREE >= count {
+        if which >= count {
             return None;
         }
         let table = ids
             .checked_add(4)?
             .checked_add(pc_data_count.checked_mul(4)?)?;
-        let offset = self.u32_at(table.checked_add(FUNCDATA_INL_TREE as usize * 4)?)?;
+        let offset = self.u32_at(table.checked_add(which as usize * 4)?)?;
         (offset != u32::MAX).then_some(offset as usize)
     }
 

@@ -121,11 +121,17 @@ impl Symbols {
         }
     }
 
-    /// The first line of the function that starts at `addr`.
+    /// The first line of the function that starts at `addr`, or of the one that
+    /// it was made for.
     fn entry(&mut self, addr: u64) -> Option<Frame> {
         let program = Arc::clone(&self.program);
         let offset = program.text_offset(self.bias.vaddr(RuntimeAddr(addr)))?;
-        let function = program.table.function(offset)?;
+        let mut function = program.table.function(offset)?;
+        let mut addr = addr;
+        if let Some(wrapped) = program.table.wrapped(function, &*program) {
+            addr = self.bias.runtime(program.vaddr(wrapped.entry)).0;
+            function = wrapped;
+        }
         let position = program.table.start(function)?;
         Some(self.frame(&program, &position, addr, addr).frame)
     }
