@@ -281,11 +281,11 @@ fn vaddr(program: &go::program::Program, offset: FileOffset) -> leakmon::binary:
         .segments
         .iter()
         .filter(|segment| segment.executable);
-    let found = segments.filter_map(|segment| {
+    let mut found = segments.filter_map(|segment| {
         let within = offset.0.checked_sub(segment.offset.0)?;
         (within < segment.file_size).then(|| segment.vaddr.wrapping_add(within))
     });
-    found.last().expect("code")
+    found.next_back().expect("code")
 }
 
 /// The target's instructions are its own again, however leakmon ends, and it
