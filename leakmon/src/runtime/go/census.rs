@@ -29,7 +29,7 @@ use super::symbols::{Pc, Symbols};
 
 /// Goroutines handled at a time: bounds the memory of a census, and lets what
 /// is read of them stay in the processor's cache until they are counted.
-const BATCH: usize = 1024;
+const BATCH: usize = 512;
 
 /// The same of a dump, which has all frames of each.
 const DUMP_BATCH: usize = 128;
@@ -45,7 +45,7 @@ const MAX_RUN: u64 = 1 << 16;
 const STACK_FIRST: u64 = 1024;
 
 /// Stacks that are read in one go: bounds the buffer.
-const STACKS_AT_ONCE: usize = 512;
+const STACKS_AT_ONCE: usize = 128;
 
 /// Most bytes of a stack that are read: Go's own limit is 1 GB, of which a
 /// trace shows 100 frames.
