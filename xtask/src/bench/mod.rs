@@ -77,17 +77,32 @@ struct Target {
     what: String,
     wanted: String,
     measured: String,
-    reached: bool,
+    verdict: Verdict,
+}
+
+/// Whether a figure is what it was to be.
+#[derive(Clone, Copy)]
+enum Verdict {
+    Reached,
+    Missed,
+    /// The machine does not agree with itself well enough.
+    Noisy,
+}
+
+impl From<bool> for Verdict {
+    fn from(reached: bool) -> Self {
+        if reached { Self::Reached } else { Self::Missed }
+    }
 }
 
 impl Report {
     /// Adds a figure that was to be reached.
-    fn target(&mut self, what: &str, wanted: &str, measured: String, reached: bool) {
+    fn target(&mut self, what: &str, wanted: &str, measured: String, verdict: impl Into<Verdict>) {
         self.targets.push(Target {
             what: what.to_owned(),
             wanted: wanted.to_owned(),
             measured,
-            reached,
+            verdict: verdict.into(),
         });
     }
 
@@ -99,16 +114,16 @@ impl Report {
         }
         let mut table = Table::new(&["target", "wanted", "measured", ""]);
         for target in &self.targets {
-            let reached = if target.reached {
-                "reached"
-            } else {
-                "NOT REACHED"
+            let verdict = match target.verdict {
+                Verdict::Reached => "reached",
+                Verdict::Missed => "NOT REACHED",
+                Verdict::Noisy => "too noisy to tell",
             };
             table.add([
                 target.what.clone(),
                 target.wanted.clone(),
                 target.measured.clone(),
-                reached.to_owned(),
+                verdict.to_owned(),
             ]);
         }
         if !self.targets.is_empty() {
