@@ -195,6 +195,12 @@ impl History {
         });
     }
 
+    /// Whether there was more than one census: from a single one nobody can
+    /// tell a leak, unless the runtime itself has.
+    pub fn can_judge(&self) -> bool {
+        self.observations > 1
+    }
+
     /// Waits of the last interval whose past is not kept, because too many are.
     pub fn untracked(&self) -> u64 {
         self.untracked
