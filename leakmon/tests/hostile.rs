@@ -210,6 +210,7 @@ impl Original {
         let tables = Tables {
             allglen: bias.runtime(variables.allglen),
             allgptr: bias.runtime(variables.allgptr),
+            clock_offset: 0,
         };
         let word = |at: u64| memory.u64_at(RuntimeAddr(at)).expect("a word");
         let (len, array) = (word(tables.allglen.0), word(tables.allgptr.0));
@@ -454,6 +455,7 @@ fn examine(file: &File, bias: LoadBias, snapshot: &Snapshot, random: &mut Random
     let tables = Tables {
         allglen: bias.runtime(variables.allglen),
         allgptr: bias.runtime(variables.allgptr),
+        clock_offset: 0,
     };
     let mut census = Census::new(snapshot, program, bias, tables);
     if census.population().is_err() {

@@ -192,6 +192,13 @@ impl Identity {
         )
     }
 
+    /// What is added to the process's CLOCK_MONOTONIC to get leakmon's own, in
+    /// nanoseconds: 0 unless one of them runs in a time namespace.
+    pub fn clock_offset_ns(&self) -> i64 {
+        let own = monotonic_offset_ns("self");
+        own.saturating_sub(monotonic_offset_ns(&self.pid.to_string()))
+    }
+
     /// CPU time that the process has used, in nanoseconds, user and system,
     /// ended threads included; `None` when it is gone.
     pub fn cpu_time_ns(&self) -> Option<u64> {
@@ -247,9 +254,40 @@ pub fn own_rss() -> Option<u64> {
     Some(stat.rss_bytes().get())
 }
 
+/// How far the time namespace of a process moves its CLOCK_MONOTONIC, in
+/// nanoseconds (man 7 time_namespaces); 0 before kernel 5.6, which has none.
+fn monotonic_offset_ns(process: &str) -> i64 {
+    std::fs::read_to_string(format!("/proc/{process}/timens_offsets"))
+        .ok()
+        .and_then(|text| parse_monotonic_offset(&text))
+        .unwrap_or(0)
+}
+
+/// The offset in the line `monotonic SECONDS NANOSECONDS`.
+fn parse_monotonic_offset(text: &str) -> Option<i64> {
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("monotonic"))?;
+    let mut numbers = line.split_whitespace().map(str::parse::<i64>);
+    let (seconds, nanos) = (numbers.next()?.ok()?, numbers.next()?.ok()?);
+    seconds.checked_mul(1_000_000_000)?.checked_add(nanos)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn clocks_of_time_namespaces() {
+        let text = "monotonic      172800         5\nboottime            -3         0\n";
+        assert_eq!(parse_monotonic_offset(text), Some(172_800_000_000_005));
+        assert_eq!(
+            parse_monotonic_offset("monotonic -1 0"),
+            Some(-1_000_000_000)
+        );
+        assert_eq!(parse_monotonic_offset("monotonic 99999999999999 0"), None);
+        assert_eq!(parse_monotonic_offset("boottime 1 0"), None);
+    }
 
     #[test]
     fn opens_itself() {

@@ -29,7 +29,7 @@ use super::symbols::{Pc, Symbols};
 
 /// Goroutines handled at a time: bounds the memory of a census, and lets what
 /// is read of them stay in the processor's cache until they are counted.
-const BATCH: usize = 1024;
+const BATCH: usize = 512;
 
 /// The same of a dump, which has all frames of each.
 const DUMP_BATCH: usize = 128;
@@ -45,7 +45,7 @@ const MAX_RUN: u64 = 1 << 16;
 const STACK_FIRST: u64 = 1024;
 
 /// Stacks that are read in one go: bounds the buffer.
-const STACKS_AT_ONCE: usize = 512;
+const STACKS_AT_ONCE: usize = 128;
 
 /// Most bytes of a stack that are read: Go's own limit is 1 GB, of which a
 /// trace shows 100 frames.
@@ -93,6 +93,9 @@ pub struct Tables {
     pub allglen: RuntimeAddr,
     /// `runtime.allgptr`.
     pub allgptr: RuntimeAddr,
+    /// What is added to the process's CLOCK_MONOTONIC to get leakmon's, in
+    /// nanoseconds: not 0 when it runs in another time namespace.
+    pub clock_offset: i64,
 }
 
 /// What leakmon reads of a `runtime.g`.
@@ -122,7 +125,7 @@ struct RawG {
 
 impl RawG {
     /// Decodes the bytes of a g; `None` when there are too few.
-    fn decode(bytes: &[u8], addr: RuntimeAddr, layout: &Layout) -> Option<RawG> {
+    fn decode(bytes: &[u8], addr: RuntimeAddr, layout: &Layout, clock_offset: i64) -> Option<RawG> {
         let word = |at: usize| {
             let word = bytes.get(at..at.checked_add(8)?)?;
             Some(u64::from_le_bytes(word.try_into().ok()?))
@@ -140,7 +143,10 @@ impl RawG {
             syscallpc: word(g.syscallsp + 8)?,
             status: word(g.atomicstatus)? as u32,
             goid: word(g.goid)?,
-            waitsince: word(g.waitsince)?,
+            waitsince: match word(g.waitsince)? {
+                0 => 0,
+                since => since.saturating_add_signed(clock_offset),
+            },
             waitreason: *bytes.get(g.waitreason)?,
             tracking_seq: *bytes.get(g.tracking_seq)?,
             lockedm: word(g.lockedm)?,
@@ -879,7 +885,7 @@ impl<M: Memory> Census<M> {
     /// Decodes the g of `addr`, which is in `buf` at `start`.
     fn decode(&self, buf: &[u8], start: usize, addr: RuntimeAddr) -> Result<RawG, Refusal> {
         buf.get(start..)
-            .and_then(|bytes| RawG::decode(bytes, addr, &self.program.layout))
+            .and_then(|bytes| self.raw_g(bytes, addr))
             .ok_or_else(|| Refusal::Unproven("a runtime.g could not be decoded".to_owned()))
     }
 
@@ -996,7 +1002,7 @@ impl<M: Memory> Census<M> {
         frames: usize,
         pcs: &mut Vec<Pc>,
     ) -> Outcome {
-        let Some(now) = RawG::decode(g, read.g.addr, &self.program.layout) else {
+        let Some(now) = self.raw_g(g, read.g.addr) else {
             return Outcome::Changed;
         };
         if !read.g.rest().is_still(&now.rest()) || read.g.resume() != now.resume() {
@@ -1024,6 +1030,10 @@ impl<M: Memory> Census<M> {
             }
         }
         Outcome::Done
+    }
+
+    fn raw_g(&self, bytes: &[u8], addr: RuntimeAddr) -> Option<RawG> {
+        RawG::decode(bytes, addr, &self.program.layout, self.tables.clock_offset)
     }
 
     /// What only holds when the layout is right, whatever the goroutine does.

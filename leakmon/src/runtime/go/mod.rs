@@ -57,6 +57,7 @@ pub fn open(process: &Process) -> Result<Census<ProcessMemory>, Refusal> {
     let tables = Tables {
         allglen: bias.runtime(variables.allglen),
         allgptr: bias.runtime(variables.allgptr),
+        clock_offset: process.identity.clock_offset_ns(),
     };
     Ok(Census::new(memory, program, bias, tables))
 }
