@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 
-use super::hits;
+use super::{Bench, hits};
 use crate::command::Run;
 use crate::debian;
 use crate::progress::note;
@@ -73,8 +73,8 @@ pub(super) fn ensure() -> Result<(), String> {
 
 /// The script that watches a running program, which must be stripped: bpftrace takes an offset in the file only where
 /// there are no symbols.
-pub(super) fn script(program: &Path, pid: u32) -> Result<String> {
-    let places = hits::places(pid)?;
+pub(super) fn script(bench: &Bench<'_>, program: &Path, pid: u32) -> Result<String> {
+    let places = hits::places(bench, pid)?;
     let gopc = places
         .lines()
         .find_map(|line| line.strip_prefix("gopc "))

@@ -11,7 +11,6 @@ use super::{Bench, Report};
 use crate::command::Run;
 use crate::fixtures;
 use crate::setup;
-use crate::workspace;
 
 /// What a hit may cost, in those of an empty program.
 const WANTED: f64 = 1.3;
@@ -20,7 +19,11 @@ const WANTED: f64 = 1.3;
 pub(super) fn run(bench: &mut Bench<'_>) -> Result<()> {
     let pingpong = fixtures::one(&bench.go, "pingpong")?;
     let rounds = (2 * bench.rounds).to_string();
-    let text = own()?.arg("cost").arg(&pingpong).arg(&rounds).capture()?;
+    let text = Run::new(&bench.hits)
+        .arg("cost")
+        .arg(&pingpong)
+        .arg(&rounds)
+        .capture()?;
     let mut table = Table::new(&[
         "programs of",
         "empty program, ns",
@@ -61,21 +64,23 @@ fn target(report: &mut Report, tier: &str, ratio: &Sample) {
 }
 
 /// What leakmon would probe in a process.
-pub(super) fn places(pid: u32) -> Result<String> {
-    own()?.arg("places").arg(pid.to_string()).capture()
+pub(super) fn places(bench: &Bench<'_>, pid: u32) -> Result<String> {
+    Run::new(&bench.hits)
+        .arg("places")
+        .arg(pid.to_string())
+        .capture()
 }
 
-/// leakmon's bench, compiled. It runs as the user who runs this, who is root.
-fn own() -> Result<Run> {
+/// Compiles leakmon's bench and gives the program's path.
+pub(super) fn build() -> Result<PathBuf> {
     let built = setup::cargo()
         .args(["bench", "--quiet", "--no-run", "--package", "leakmon"])
         .args(["--bench", "hits", "--message-format", "json"])
         .capture()?;
-    let program = built
+    built
         .lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
         .filter(|message| message["target"]["name"] == "hits")
         .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .context("cargo named no program of leakmon's bench")?;
-    Ok(Run::new(program).dir(workspace::root()))
+        .context("cargo named no program of leakmon's bench")
 }

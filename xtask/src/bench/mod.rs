@@ -54,6 +54,8 @@ enum Part {
 struct Bench<'a> {
     go: Go,
     leakmon: PathBuf,
+    /// leakmon's own bench.
+    hits: PathBuf,
     seconds: u32,
     rounds: usize,
     report: Report,
@@ -129,11 +131,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut bench = Bench {
         go: setup::run()?,
         leakmon: setup::build_leakmon()?,
+        hits: step("leakmon's bench", hits::build)?,
         seconds: options.seconds.max(1),
         rounds: options.rounds.max(1),
         report: Report::default(),
         options,
     };
+    let machine = machine();
     let parts: [(Part, &str, Measure); 4] = [
         (
             Part::Throughput,
@@ -153,12 +157,25 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             step(title, || measure(&mut bench))?;
         }
     }
-    let text = bench.report.render();
+    let text = format!("{machine}\n\n{}", bench.report.render());
     println!("\n{text}");
     let path = workspace::target().join("bench.md");
     std::fs::write(&path, &text).with_context(|| format!("cannot write {}", path.display()))?;
     note(format!("also in {}", path.display()));
     Ok(())
+}
+
+/// What was measured on, and how busy it was with other things.
+fn machine() -> String {
+    let cpus = std::thread::available_parallelism().map_or(0, usize::from);
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let load = read("/proc/loadavg");
+    format!(
+        "{cpus} CPUs, Linux {}, {}; load average of the minute before: {}",
+        read("/proc/sys/kernel/osrelease").trim(),
+        std::env::consts::ARCH,
+        load.split(' ').next().unwrap_or("?"),
+    )
 }
 
 /// The value of `NAME=VALUE` among the words of a line.

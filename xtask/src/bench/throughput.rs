@@ -147,7 +147,8 @@ impl Load {
 fn measure(bench: &Bench<'_>, load: &Load, with_bpftrace: bool) -> Result<(Sample, Vec<Sample>)> {
     let script = if with_bpftrace {
         let running = Running::start(load)?;
-        Some(bpftrace::script(load.program(), running.program.pid())?)
+        let pid = running.program.pid();
+        Some(bpftrace::script(bench, load.program(), pid)?)
     } else {
         None
     };
