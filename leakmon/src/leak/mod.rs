@@ -184,6 +184,7 @@ impl History {
                     }
                 };
                 series.observe(self.observations, at, wait.count, wait.not_run);
+                series.observe_resumes(wait.resumes);
             }
         }
         let now = self.observations;
@@ -288,6 +289,11 @@ impl History {
             Class::Lock => LOCK_PATIENCE,
             Class::Idle => return None,
         };
+        // The census can be deceived by tasks that run exactly 256 times; the
+        // probes cannot.
+        if series.resumed() >= wait.not_run.max(1) {
+            return None;
+        }
         let still = series.stuck(STUCK_FROM, patience)?;
         let time = wait.oldest.unwrap_or(still).max(still);
         Some((
