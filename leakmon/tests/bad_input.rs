@@ -642,7 +642,7 @@ fn public_leakmon(folder: &Path) -> PathBuf {
 }
 
 const REMEDY: &str = "run as root, or: setcap cap_sys_ptrace,cap_bpf,cap_perfmon+ep \
-                      $(which leakmon)";
+                      path/to/leakmon";
 
 #[test]
 fn leakmon_without_privileges() {

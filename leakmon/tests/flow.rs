@@ -9,10 +9,11 @@ use std::path::Path;
 use std::process::Command;
 
 use common::{Running, Started, all, fixture, leakmon};
-use leakmon::binary::addr::{FileOffset, RuntimeAddr};
+use leakmon::binary::addr::{FileOffset, RuntimeAddr, Vaddr};
 use leakmon::process::identity::Process;
 use leakmon::runtime::go;
 use leakmon::runtime::go::probes::Probes;
+use leakmon::runtime::go::program::Program;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -275,17 +276,14 @@ impl Instructions {
     }
 }
 
-fn vaddr(program: &go::program::Program, offset: FileOffset) -> leakmon::binary::addr::Vaddr {
-    let segments = program
-        .elf
-        .segments
-        .iter()
-        .filter(|segment| segment.executable);
-    let mut found = segments.filter_map(|segment| {
+/// Where the byte at `offset` of a program's file lies in its code.
+fn vaddr(program: &Program, offset: FileOffset) -> Vaddr {
+    let found = program.elf.segments.iter().find_map(|segment| {
         let within = offset.0.checked_sub(segment.offset.0)?;
-        (within < segment.file_size).then(|| segment.vaddr.wrapping_add(within))
+        let code = segment.executable && within < segment.file_size;
+        code.then(|| segment.vaddr.wrapping_add(within))
     });
-    found.next_back().expect("code")
+    found.expect("code")
 }
 
 /// The target's instructions are its own again, however leakmon ends, and it

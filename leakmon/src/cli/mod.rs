@@ -123,14 +123,14 @@ pub struct WatchArgs {
     /// Process to watch; may be given several times.
     #[arg(long = "pid", value_name = "PID", required = true)]
     pids: Vec<u32>,
-    /// Time between two reports: 500ms, 5s, 1m.
+    /// Time between two reports: 500ms, 5s, 1m; a bare number is seconds.
     #[arg(long, value_name = "TIME", default_value = "2s", value_parser = duration)]
     interval: Duration,
     /// Stop after this time.
     #[arg(long, value_name = "TIME", value_parser = duration)]
     duration: Option<Duration>,
     /// Print one report, from a census alone, and stop.
-    #[arg(long, conflicts_with = "duration")]
+    #[arg(long, conflicts_with_all = ["duration", "tier", "max_overhead"])]
     once: bool,
     /// Sites to show; suspects are shown in any case.
     #[arg(long, value_name = "N", default_value_t = 10)]

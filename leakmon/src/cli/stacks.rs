@@ -1,7 +1,7 @@
 //! `leakmon stacks`: every goroutine of a process, without a stop and without
 //! an endpoint.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::time::SystemTime;
 
 use crate::process::identity::Process;
@@ -18,6 +18,13 @@ const BUFFER: usize = 1 << 18;
 /// # Errors
 /// [`Failure`] when the process cannot be dumped.
 pub fn run(args: &StacksArgs) -> Result<Exit, Failure> {
+    if args.format == StacksFormat::Pprof && io::stdout().is_terminal() {
+        return Err(Failure {
+            message: "a pprof profile is no text: send it to a file, `> goroutines.pb.gz`"
+                .to_owned(),
+            exit: Exit::Usage,
+        });
+    }
     let process = Process::open(args.pid)?;
     let failed = |refusal: go::program::Refusal| Failure {
         message: format!("{}: {refusal}", process.identity.describe()),

@@ -222,7 +222,7 @@ impl Watcher {
         };
         let mut attachment = match self.args.tier {
             Some(TierArg::Census) => Attachment::None(TierReason::Fixed),
-            _ if self.args.once => Attachment::None(TierReason::Fixed),
+            _ if self.args.once => Attachment::None(TierReason::Once),
             _ => Attachment::Pending,
         };
         loop {
@@ -267,7 +267,7 @@ impl Watcher {
         let when = self.when();
         let Attachment::Probing(probing) = attachment else {
             let population = census.population()?;
-            let pending = TierReason::Governed;
+            let pending = TierReason::Pending;
             let tier_reason = match attachment {
                 Attachment::None(reason) => reason,
                 _ => &pending,
@@ -333,7 +333,7 @@ impl Watcher {
                 spawns: interval.lifecycle,
                 waits: interval.blocking,
                 all_spawns: status.gaps == 0,
-                all_waits: status.wait_gaps == 0,
+                all_waits: status.wait_gaps == 0 && status.tier >= Tier::Blocking,
             },
         };
         let tier_reason = match (&probing.unavailable, self.args.tier) {
@@ -565,11 +565,22 @@ impl Screen {
         let size = terminal_size::terminal_size();
         let (width, height) = size.map_or((80, usize::MAX), |(w, h)| (w.0.into(), h.0.into()));
         self.options.width = width;
-        let text: String = self
-            .latest
-            .values()
-            .map(|report| table::render(report, &self.options) + "\n")
-            .collect();
+        // Each process has its share of the screen.
+        let share = (height.saturating_sub(self.notes.len()) / self.latest.len().max(1)).max(2);
+        let mut lines: Vec<String> = Vec::new();
+        for report in self.latest.values() {
+            let text = table::render(report, &self.options) + "\n";
+            let all: Vec<&str> = text.lines().collect();
+            if all.len() <= share {
+                lines.extend(all.iter().map(|line| (*line).to_owned()));
+            } else {
+                let shown = &all[..share - 1];
+                lines.extend(shown.iter().map(|line| (*line).to_owned()));
+                lines.push(format!("… {} more lines", all.len() - shown.len()));
+            }
+        }
+        lines.extend(self.notes.iter().cloned());
+        lines.truncate(height);
         let mut frame = String::new();
         if !self.entered {
             // The second screen, without a cursor.
@@ -577,21 +588,9 @@ impl Screen {
             self.entered = true;
         }
         frame.push_str("\x1b[H");
-        let lines: Vec<&str> = text
-            .lines()
-            .chain(self.notes.iter().map(String::as_str))
-            .collect();
-        let shown = if lines.len() > height {
-            height.saturating_sub(1)
-        } else {
-            lines.len()
-        };
-        for (i, line) in lines[..shown].iter().enumerate() {
+        for (i, line) in lines.iter().enumerate() {
             let end = if i + 1 == height { "" } else { "\r\n" };
             let _ = write!(frame, "{line}\x1b[K{end}");
-        }
-        if shown < lines.len() {
-            let _ = write!(frame, "… {} more lines\x1b[K", lines.len() - shown);
         }
         frame.push_str("\x1b[J");
         out.write_all(frame.as_bytes())?;

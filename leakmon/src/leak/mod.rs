@@ -184,6 +184,7 @@ impl History {
                     }
                 };
                 series.observe(self.observations, at, wait.count, wait.not_run);
+                series.observe_resumes(wait.resumes);
             }
         }
         let now = self.observations;
@@ -193,6 +194,12 @@ impl History {
             }
             now - series.seen() < FORGET_AFTER
         });
+    }
+
+    /// Whether there was more than one census: from a single one nobody can
+    /// tell a leak, unless the runtime itself has.
+    pub fn can_judge(&self) -> bool {
+        self.observations > 1
     }
 
     /// Waits of the last interval whose past is not kept, because too many are.
@@ -282,6 +289,11 @@ impl History {
             Class::Lock => LOCK_PATIENCE,
             Class::Idle => return None,
         };
+        // The census can be deceived by tasks that run exactly 256 times; the
+        // probes cannot.
+        if series.resumed() >= wait.not_run.max(1) {
+            return None;
+        }
         let still = series.stuck(STUCK_FROM, patience)?;
         let time = wait.oldest.unwrap_or(still).max(still);
         Some((

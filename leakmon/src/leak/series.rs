@@ -67,9 +67,25 @@ pub(super) struct Series {
     still_samples: u32,
     /// The longest time that nothing moved before something did.
     longest_still: Duration,
+    /// Times that a task went on, as the probes counted them so far, and of
+    /// these in the last interval.
+    resumes: u64,
+    resumed: u64,
 }
 
 impl Series {
+    /// Takes in what the probes counted, if there are any.
+    pub(super) fn observe_resumes(&mut self, resumes: Option<u64>) {
+        let resumes = resumes.unwrap_or(self.resumes);
+        self.resumed = resumes.saturating_sub(self.resumes);
+        self.resumes = resumes;
+    }
+
+    /// Times that a task went on in the last interval, as far as probes saw.
+    pub(super) fn resumed(&self) -> u64 {
+        self.resumed
+    }
+
     pub(super) fn new() -> Series {
         Series {
             recent: VecDeque::new(),
@@ -77,6 +93,8 @@ impl Series {
             stride: 1,
             skipped: 0,
             peak: 0,
+            resumes: 0,
+            resumed: 0,
             last: None,
             seen: 0,
             before: 0,

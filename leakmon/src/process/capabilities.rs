@@ -319,12 +319,12 @@ impl Missing {
         match self {
             Missing::Capability(Capability::SysPtrace) => {
                 "run as root, or: setcap cap_sys_ptrace,cap_bpf,cap_perfmon+ep \
-                 $(which leakmon); without it only processes of the same user can be \
+                 path/to/leakmon; without it only processes of the same user can be \
                  read, where there is no Yama or kernel.yama.ptrace_scope is 0"
             }
             Missing::Capability(_) => {
                 "run as root, or: setcap cap_sys_ptrace,cap_bpf,cap_perfmon+ep \
-                 $(which leakmon); in a container add the capability to its \
+                 path/to/leakmon; in a container add the capability to its \
                  securityContext or with --cap-add"
             }
             Missing::Kernel { .. } => "use --tier census, or boot a newer kernel",

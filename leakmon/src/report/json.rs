@@ -69,6 +69,7 @@ struct TasksJson {
     untold: u64,
     by_state: BTreeMap<&'static str, u64>,
     census_seconds: f64,
+    judged: bool,
     untracked_waits: u64,
 }
 
@@ -261,6 +262,7 @@ impl TasksJson {
             untold: tasks.untold,
             by_state: tasks.states.iter().map(|(s, n)| (s.name(), *n)).collect(),
             census_seconds: seconds(tasks.census_took),
+            judged: tasks.judged,
             untracked_waits: tasks.untracked_waits,
         }
     }

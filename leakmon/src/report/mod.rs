@@ -49,6 +49,10 @@ pub struct Runtime {
 /// Why a process is watched at its tier.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TierReason {
+    /// Nothing has been attached yet.
+    Pending,
+    /// A single census was asked for.
+    Once,
     /// The user asked for it.
     Fixed,
     /// It is the highest, and it stays within the budget.
@@ -63,6 +67,8 @@ impl TierReason {
     /// The word in machine-readable reports.
     pub fn name(&self) -> &'static str {
         match self {
+            TierReason::Pending => "pending",
+            TierReason::Once => "once",
             TierReason::Fixed => "fixed",
             TierReason::Governed => "governed",
             TierReason::SteppedDown => "stepped_down",
@@ -148,6 +154,8 @@ pub struct Tasks {
     pub census_took: Duration,
     /// What the probes measured; `None` at [`Tier::Census`].
     pub flow: Option<FlowTotals>,
+    /// Whether there have been enough censuses to tell a leak.
+    pub judged: bool,
     /// Waits whose past is not followed, because too many are.
     pub untracked_waits: u64,
     /// Sites, those with the most live tasks first.
@@ -236,6 +244,7 @@ impl Report {
                 states: population.states.clone(),
                 census_took: population.took,
                 flow,
+                judged: history.can_judge(),
                 untracked_waits: history.untracked(),
                 sites: sites
                     .into_iter()

@@ -280,6 +280,8 @@ fn head(canvas: &mut Canvas, tasks: &Tasks) {
         None => tier.push("costs the target nothing".to_owned()),
     }
     match &tasks.tier_reason {
+        TierReason::Pending => tier.push("nothing is attached yet".to_owned()),
+        TierReason::Once => tier.push("a single one, as asked for".to_owned()),
         TierReason::Fixed => tier.push("as asked for".to_owned()),
         TierReason::Governed => {}
         TierReason::SteppedDown => tier.push("stepped down to stay within the budget".to_owned()),
@@ -340,7 +342,11 @@ fn head(canvas: &mut Canvas, tasks: &Tasks) {
         );
         canvas.row("suspects", &[text]);
     } else {
-        let text = format!("none of {} sites", count(tasks.sites.len() as u64));
+        let sites = count(tasks.sites.len() as u64);
+        let text = match tasks.judged {
+            true => format!("none of {sites} sites"),
+            false => format!("not judged yet: the {sites} sites have been seen only once"),
+        };
         canvas.row("suspects", &[text]);
     }
 }
@@ -466,7 +472,9 @@ fn draw(canvas: &mut Canvas, site: &SiteReport, files: &FileNames<'_>, all_waits
         count(state.blocked),
         state
             .oldest
-            .map_or_else(dash, |age| duration(whole_seconds(age))),
+            .map(whole_seconds)
+            .filter(|age| !age.is_zero())
+            .map_or_else(dash, duration),
         quantile(0.5),
         quantile(0.99),
     );

@@ -83,6 +83,10 @@ const GS_AT_ONCE: usize = 1 << 16;
 /// between them, one that runs would have hidden it four times in a row.
 const SURE: u8 = 2;
 
+/// Times that a stack is read once more and must be the same, where nothing
+/// else shows that it stood still.
+const REREADS: usize = 4;
+
 /// Times a goroutine that changed while it was read is read again.
 const RETRIES: usize = 3;
 
@@ -121,18 +125,34 @@ struct RawG {
     startpc: u64,
     waiting: u64,
     labels: u64,
+    /// It cannot run without that showing in `tracking_seq`.
+    counted: bool,
 }
 
 impl RawG {
     /// Decodes the bytes of a g; `None` when there are too few.
-    fn decode(bytes: &[u8], addr: RuntimeAddr, layout: &Layout, clock_offset: i64) -> Option<RawG> {
+    fn decode(
+        bytes: &[u8],
+        addr: RuntimeAddr,
+        layout: &Layout,
+        clock_offset: i64,
+        coroutine: Option<u8>,
+    ) -> Option<RawG> {
         let word = |at: usize| {
             let word = bytes.get(at..at.checked_add(8)?)?;
             Some(u64::from_le_bytes(word.try_into().ok()?))
         };
         let g = &layout.g;
+        let status = word(g.atomicstatus)? as u32;
+        let waitreason = *bytes.get(g.waitreason)?;
+        let counted = match status & !status::SCAN {
+            status::SYSCALL => layout.syscalls_are_counted,
+            status::WAITING => Some(waitreason) != coroutine,
+            _ => true,
+        };
         Some(RawG {
             addr,
+            counted,
             stack_lo: word(layout::G_STACK_LO)?,
             stack_hi: word(layout::G_STACK_HI)?,
             m: word(layout::G_M)?,
@@ -141,13 +161,13 @@ impl RawG {
             sched_g: word(layout::G_SCHED_G)?,
             syscallsp: word(g.syscallsp)?,
             syscallpc: word(g.syscallsp + 8)?,
-            status: word(g.atomicstatus)? as u32,
+            status,
             goid: word(g.goid)?,
             waitsince: match word(g.waitsince)? {
                 0 => 0,
                 since => since.saturating_add_signed(clock_offset),
             },
-            waitreason: *bytes.get(g.waitreason)?,
+            waitreason,
             tracking_seq: *bytes.get(g.tracking_seq)?,
             lockedm: word(g.lockedm)?,
             parent: match g.parent_goid {
@@ -245,11 +265,13 @@ struct Rest {
 }
 
 impl Rest {
-    /// Whether `later` shows the same goroutine, not having run in between.
+    /// Whether `later` shows the same goroutine, not having run in between, if
+    /// both readings are [`RawG::counted`].
     ///
     /// trackingSeq moves each time a goroutine leaves running (casgstatus,
-    /// runtime/proc.go); the runtime may move a stack, but not change its
-    /// depth, and sets waitsince once while it is blocked.
+    /// runtime/proc.go), but for a system call from Go 1.26 on, and for a
+    /// coroutine (coroswitch_m, runtime/coro.go); the runtime may move a stack,
+    /// but not change its depth, and sets waitsince once while it is blocked.
     fn is_still(&self, later: &Rest) -> bool {
         self.goid == later.goid
             && self.status == later.status
@@ -287,9 +309,14 @@ struct Remembered {
 }
 
 impl Remembered {
+    /// Whether `g` has not run since it was remembered.
+    fn is_still(&self, g: &RawG) -> bool {
+        g.counted && self.rest.is_still(&g.rest())
+    }
+
     /// Whether `g` still stands where it stood, and where that is is known.
     fn stands_as(&self, g: &RawG) -> bool {
-        self.known.is_some() && self.rest.is_still(&g.rest())
+        self.known.is_some() && self.is_still(g)
     }
 }
 
@@ -399,6 +426,10 @@ pub struct Census<M> {
     remembered: Vec<Option<Remembered>>,
     /// Bytes of stacks that the census has read.
     stack_bytes: u64,
+    /// The number of the wait reason "coroutine", from Go 1.22 on.
+    coroutine: Option<u8>,
+    /// CLOCK_MONOTONIC nanoseconds of the last census.
+    last: Option<u64>,
 }
 
 /// Groups by what makes them one.
@@ -440,12 +471,18 @@ impl<M: Memory> Census<M> {
             memory,
             unwinder: Unwinder::new(Arc::clone(&program), bias),
             tallies: Tallies::new(&program, bias, MAX_REMEMBERED, CENSUS_FRAMES_ALL),
-            program,
             bias,
             tables,
             starts: FxHashMap::default(),
             remembered: Vec::new(),
             stack_bytes: 0,
+            coroutine: program
+                .wait_reasons()
+                .iter()
+                .position(|reason| &**reason == "coroutine")
+                .and_then(|number| u8::try_from(number).ok()),
+            last: None,
+            program,
         }
     }
 
@@ -546,6 +583,7 @@ impl<M: Memory> Census<M> {
         population.sites = Arc::clone(&self.tallies.sites);
         population.stacks = Arc::clone(&self.tallies.stacks);
         population.took = started.elapsed();
+        self.last = Some(now);
         Ok(population)
     }
 
@@ -587,7 +625,7 @@ impl<M: Memory> Census<M> {
         population.unstable += u64::from(read.unstable);
         *population.states.entry(state).or_default() += 1;
         let rest = read.g.rest();
-        let before = slot.filter(|slot| slot.rest.is_still(&rest));
+        let before = slot.filter(|slot| slot.is_still(&read.g));
         let blocked = matches!(state, State::Waiting | State::Leaked | State::Syscall);
         let not_run = before.is_some() && blocked;
         let since = match before {
@@ -614,9 +652,17 @@ impl<M: Memory> Census<M> {
         let reason = read.g.wait_reason();
         let waited_since = match read.g.waitsince {
             0 => since,
-            waitsince => since.min(waitsince),
+            // A coroutine's is not reset when it goes on, and what it waits for
+            // next inherits it: it cannot be older than the census that saw it
+            // elsewhere.
+            waitsince => match (slot, self.last) {
+                (Some(slot), Some(last)) if before.is_none() && slot.rest.goid == read.g.goid => {
+                    since.min(waitsince.max(last))
+                }
+                _ => since.min(waitsince),
+            },
         };
-        let age = blocked.then(|| Age {
+        let age = (blocked && read.g.counted).then(|| Age {
             at_least: Duration::from_nanos(now.saturating_sub(waited_since)),
         });
         let group = groups
@@ -675,10 +721,11 @@ impl<M: Memory> Census<M> {
                 }
             };
             for ((index, start), addr) in indices.iter().zip(&runs.starts).zip(&addrs) {
-                let rest = self.decode(&buf, *start, *addr)?.rest();
+                let g = self.decode(&buf, *start, *addr)?;
                 if let Some(slot) = &mut self.remembered[*index]
-                    && !slot.rest.is_still(&rest)
+                    && !slot.is_still(&g)
                 {
+                    let rest = g.rest();
                     *slot = Remembered {
                         rest,
                         since: now,
@@ -935,6 +982,10 @@ impl<M: Memory> Census<M> {
             for (n, i) in part.iter().enumerate() {
                 let stack = &stacks[at..at + ranges[n].len];
                 at += ranges[n].len;
+                if !reads[*i].g.counted {
+                    alone.push(*i);
+                    continue;
+                }
                 match self.unwind(&mut reads[*i], stack, &gs[runs.starts[n]..], frames, pcs) {
                     Outcome::Done => {}
                     Outcome::Changed | Outcome::Deeper => alone.push(*i),
@@ -985,6 +1036,17 @@ impl<M: Memory> Census<M> {
                 read.g = self.read_g(read.g.addr)?;
                 return Ok(!read.g.exists());
             }
+            // Nothing in the g would show that it ran meanwhile: then its
+            // stack must be the same again and again.
+            let again = if read.g.counted { 0 } else { REREADS };
+            let mut same = vec![0; len + g_len];
+            for _ in 0..again {
+                let done = self.memory.read_ranges(&ranges, &mut same)?;
+                if done < same.len() || same[..len] != buf[..len] {
+                    read.g = self.read_g(read.g.addr)?;
+                    return Ok(!read.g.exists());
+                }
+            }
             let (stack, g) = buf.split_at(len);
             match self.unwind(read, stack, g, frames, pcs) {
                 Outcome::Done => return Ok(true),
@@ -1033,7 +1095,13 @@ impl<M: Memory> Census<M> {
     }
 
     fn raw_g(&self, bytes: &[u8], addr: RuntimeAddr) -> Option<RawG> {
-        RawG::decode(bytes, addr, &self.program.layout, self.tables.clock_offset)
+        RawG::decode(
+            bytes,
+            addr,
+            &self.program.layout,
+            self.tables.clock_offset,
+            self.coroutine,
+        )
     }
 
     /// What only holds when the layout is right, whatever the goroutine does.

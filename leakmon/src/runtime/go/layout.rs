@@ -26,6 +26,10 @@ pub struct Layout {
     /// `g.labels` points to `runtime/pprof.labelMap`, which holds a slice from
     /// Go 1.24 on and a map before.
     pub labels_are_slice: bool,
+    /// A goroutine that enters a system call shows that in trackingSeq: up to
+    /// Go 1.25; since then a plain compare-and-swap moves its status
+    /// (reentersyscall, runtime/proc.go).
+    pub syscalls_are_counted: bool,
     /// The 26 of 1.26.
     pub minor: u32,
 }
@@ -196,6 +200,7 @@ impl Layout {
                 _ => 23,
             },
             labels_are_slice: minor >= 24,
+            syscalls_are_counted: minor <= 25,
             minor,
         })
     }
