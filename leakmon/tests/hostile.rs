@@ -311,6 +311,8 @@ struct Mutable<'a> {
     snapshot: Snapshot,
     /// What was where in the file, and in memory.
     undo: Vec<(u64, Vec<u8>)>,
+    /// The shortest that the file has been.
+    shortest: u64,
     undo_memory: Vec<(u64, Vec<u8>)>,
 }
 
@@ -324,6 +326,7 @@ impl<'a> Mutable<'a> {
             file,
             snapshot: original.snapshot.clone(),
             undo: Vec::new(),
+            shortest: original.bytes.len() as u64,
             undo_memory: Vec::new(),
         }
     }
@@ -334,6 +337,7 @@ impl<'a> Mutable<'a> {
                 0 => {
                     let len = random.below(self.original.bytes.len() as u64);
                     self.file.set_len(len).expect("a truncation");
+                    self.shortest = self.shortest.min(len);
                 }
                 1..=5 => self.mutate_file(random),
                 _ => self.mutate_memory(random),
@@ -381,9 +385,11 @@ impl<'a> Mutable<'a> {
     }
 
     fn restore(&mut self) {
-        let len = self.file.size();
-        let missing = &self.original.bytes[len.min(self.original.bytes.len() as u64) as usize..];
-        self.file.write_all_at(missing, len).expect("the rest");
+        let missing = &self.original.bytes[self.shortest as usize..];
+        self.file
+            .write_all_at(missing, self.shortest)
+            .expect("the rest");
+        self.shortest = self.original.bytes.len() as u64;
         for (at, bytes) in self.undo.drain(..).rev() {
             self.file.write_all_at(&bytes, at).expect("the original");
         }
