@@ -31,8 +31,9 @@ use super::symbols::{Pc, Symbols};
 /// is read of them stay in the processor's cache until they are counted.
 const BATCH: usize = 512;
 
-/// The same of a dump, which has all frames of each.
-const DUMP_BATCH: usize = 128;
+/// The same of a dump, which has all frames of each: up to 1 MiB of program
+/// counters of one, in one buffer for the batch.
+const DUMP_BATCH: usize = 32;
 
 /// gs that lie closer than this, in bytes, are read together: the bytes
 /// between them cost less than another range.
