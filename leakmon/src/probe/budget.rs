@@ -400,6 +400,7 @@ impl Governor {
                 cost_ns: sums.cost_ns as u64,
                 target_cpu_ns: sums.cpu_ns as u64,
                 percent: 100.0 * share(sums.cost_ns, sums.cpu_ns),
+                core_percent: 100.0 * share(sums.cost_ns, sums.time * 1e9),
                 budget_percent: self.share.map(|share| 100.0 * share),
                 attached: match self.wanted {
                     Tier::Census => 0.0,

@@ -97,6 +97,7 @@ struct OverheadJson {
     cost_seconds: f64,
     target_cpu_seconds: f64,
     ratio: f64,
+    core_ratio: f64,
     budget_ratio: Option<f64>,
 }
 
@@ -247,6 +248,7 @@ impl<'a> ProbesJson<'a> {
                 cost_seconds: overhead.cost_ns as f64 / 1e9,
                 target_cpu_seconds: overhead.target_cpu_ns as f64 / 1e9,
                 ratio: overhead.percent / 100.0,
+                core_ratio: overhead.core_percent / 100.0,
                 budget_ratio: overhead.budget_percent.map(|percent| percent / 100.0),
             },
         }

@@ -266,10 +266,20 @@ fn head(canvas: &mut Canvas, tasks: &Tasks) {
                 (_, Some(budget)) => format!(" (allowed: {})", percent(budget)),
                 (_, None) => String::new(),
             };
-            tier.push(format!(
-                "costs the target {} of its CPU{budget}",
-                percent(flow.overhead.percent)
-            ));
+            let overhead = &flow.overhead;
+            // A process that hardly runs uses less than probes may always cost.
+            tier.push(match overhead.budget_percent {
+                Some(budget) if overhead.percent > budget && overhead.core_percent < 0.75 => {
+                    format!(
+                        "costs the target {} of a core (0.5% is always allowed)",
+                        percent(overhead.core_percent)
+                    )
+                }
+                _ => format!(
+                    "costs the target {} of its CPU{budget}",
+                    percent(overhead.percent)
+                ),
+            });
             if flow.sampled() {
                 tier.push(format!(
                     "sampled: attached {} of the time",

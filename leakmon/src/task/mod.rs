@@ -323,6 +323,8 @@ pub struct Overhead {
     pub target_cpu_ns: u64,
     /// `cost_ns` over `target_cpu_ns`, in percent.
     pub percent: f64,
+    /// `cost_ns` over the interval: percent of one core.
+    pub core_percent: f64,
     /// What `--max-overhead` allows, in percent; `None` when ungoverned.
     pub budget_percent: Option<f64>,
     /// Share of the interval in which the probes were attached, 0 to 1.

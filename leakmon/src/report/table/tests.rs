@@ -145,6 +145,7 @@ pub(crate) fn leaking() -> Report {
                         all_waits: true,
                     },
                     overhead: Overhead {
+                        core_percent: 0.4,
                         hits: 12_345,
                         cost_ns: 8_000_000,
                         target_cpu_ns: 1_000_000_000,
