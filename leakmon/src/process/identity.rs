@@ -6,10 +6,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::time::{clock_getcpuclockid, clock_gettime};
-use nix::unistd::Pid;
+use procfs::ProcError;
 use procfs::process::{Process as ProcfsProcess, Stat};
-use procfs::{ProcError, WithCurrentSystemInfo};
 
 use super::capabilities;
 use super::memory::{MemoryError, Witness};
@@ -199,29 +197,10 @@ impl Identity {
         own.saturating_sub(monotonic_offset_ns(&self.pid.to_string()))
     }
 
-    /// CPU time that the process has used, in nanoseconds, user and system,
-    /// ended threads included; `None` when it is gone.
-    pub fn cpu_time_ns(&self) -> Option<u64> {
-        // The process's CPU clock is exact where /proc/PID/stat counts in
-        // hundredths of a second.
-        let clock = clock_getcpuclockid(Pid::from_raw(self.pid.cast_signed())).ok()?;
-        let time = clock_gettime(clock).ok()?;
-        let seconds = u64::try_from(time.tv_sec()).ok()?;
-        seconds
-            .checked_mul(1_000_000_000)?
-            .checked_add(u64::try_from(time.tv_nsec()).ok()?)
-    }
-
     /// Live threads, by `/proc/PID/stat`; `None` when it is gone.
     pub fn threads(&self) -> Option<u64> {
         let stat = stat(self.pid).filter(|stat| stat.starttime == self.start_time)?;
         u64::try_from(stat.num_threads).ok()
-    }
-
-    /// When the process started, in nanoseconds of CLOCK_BOOTTIME.
-    pub fn started_at_ns(&self) -> u64 {
-        self.start_time
-            .saturating_mul(1_000_000_000 / procfs::ticks_per_second().max(1))
     }
 }
 
@@ -246,12 +225,6 @@ pub(super) fn stat(pid: u32) -> Option<Stat> {
 /// Whether a process's main thread has ended.
 pub(super) fn has_ended(stat: &Stat) -> bool {
     matches!(stat.state, 'Z' | 'X' | 'x')
-}
-
-/// Resident set of leakmon itself, in bytes.
-pub fn own_rss() -> Option<u64> {
-    let stat = ProcfsProcess::myself().ok()?.stat().ok()?;
-    Some(stat.rss_bytes().get())
 }
 
 /// How far the time namespace of a process moves its CLOCK_MONOTONIC, in

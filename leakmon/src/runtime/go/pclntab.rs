@@ -139,12 +139,6 @@ impl Pclntab {
         Header::parse(bytes, arch).is_some()
     }
 
-    /// Where the table of function names starts, from the table's start: what
-    /// `moduledata.funcnametab` points to.
-    pub fn names_offset(&self) -> u64 {
-        self.names as u64
-    }
-
     /// Every function, by ascending entry.
     pub fn functions(&self) -> impl Iterator<Item = Function> + '_ {
         (0..self.function_count).filter_map(|i| self.function_at(i))
