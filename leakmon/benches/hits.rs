@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, bail};
 use leakmon::probe::{self, Kernel, Plan, Tier};
 use leakmon::process::identity::Process;
 use leakmon::runtime::go;
-use leakmon::runtime::go::probes::Probes;
+use leakmon::runtime::go::probes;
 
 /// How long each measurement takes.
 const WINDOW: &str = "400ms";
@@ -42,8 +42,8 @@ fn main() -> Result<()> {
 
 /// What leakmon would probe in a process that runs Go.
 fn plan(pid: u32) -> Result<Plan> {
-    let census = go::open(&Process::open(pid)?)?;
-    Ok(Probes::find(census.program())?.plan)
+    let census = go::census(&Process::open(pid)?)?;
+    Ok(probes::find(census.program())?.plan)
 }
 
 /// Prints the places, one a line: role, and offset in the executable.

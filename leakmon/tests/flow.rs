@@ -12,7 +12,7 @@ use common::{Running, Started, all, fixture, leakmon};
 use leakmon::binary::addr::{FileOffset, RuntimeAddr, Vaddr};
 use leakmon::process::identity::Process;
 use leakmon::runtime::go;
-use leakmon::runtime::go::probes::Probes;
+use leakmon::runtime::go::probes;
 use leakmon::runtime::go::program::Program;
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -245,9 +245,9 @@ struct Instructions {
 impl Instructions {
     fn of(pid: u32) -> Instructions {
         let process = Process::open(pid).expect("a process");
-        let census = go::open(&process).expect("a Go program");
+        let census = go::census(&process).expect("a Go program");
         let program = census.program();
-        let probes = Probes::find(program).expect("probe places");
+        let probes = probes::find(program).expect("probe places");
         let bias = process.load_bias(program.elf.entry);
         let places = probes.plan.places.iter().map(|place| {
             let mut byte = [0];

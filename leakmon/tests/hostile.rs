@@ -28,7 +28,7 @@ use leakmon::runtime::go::buildinfo;
 use leakmon::runtime::go::census::{Census, Tables};
 use leakmon::runtime::go::layout::{self, status};
 use leakmon::runtime::go::pclntab::{Pclntab, TextOffset};
-use leakmon::runtime::go::probes::Probes;
+use leakmon::runtime::go::probes;
 use leakmon::runtime::go::program::Program;
 use leakmon::runtime::go::variables::Variables;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -451,7 +451,7 @@ fn examine(file: &File, bias: LoadBias, snapshot: &Snapshot, random: &mut Random
             return "refused";
         }
     };
-    let _ = Probes::find(&program);
+    let _ = probes::find(&program);
     let Ok(variables) = Variables::find(program.elf.arch, &*program) else {
         return "no variables";
     };

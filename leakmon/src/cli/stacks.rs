@@ -30,7 +30,7 @@ pub fn run(args: &StacksArgs) -> Result<Exit, Failure> {
         message: format!("{}: {refusal}", process.identity.describe()),
         exit: exit_of(&refusal),
     };
-    let mut census = go::open(&process).map_err(failed)?;
+    let mut census = go::census(&process).map_err(failed)?;
     let dump = census.dump().map_err(failed)?;
     let format = match args.format {
         StacksFormat::Debug2 => Format::Debug2,

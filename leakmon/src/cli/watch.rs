@@ -20,7 +20,7 @@ use crate::process::identity::Process;
 use crate::process::memory::{MemoryError, ProcessMemory};
 use crate::report::{self, Observation, Probed, Report, TierReason, When, json, table};
 use crate::runtime::go::census::Census;
-use crate::runtime::go::probes::{self, Probes};
+use crate::runtime::go::probes;
 use crate::runtime::go::{self, program::Refusal};
 use crate::task::{Checkpoint, Coverage, Flow, rates, reconcile};
 
@@ -207,7 +207,7 @@ impl Watcher {
     }
 
     fn watch(&mut self) -> Result<Exit, Failure> {
-        match go::open(&self.process) {
+        match go::census(&self.process) {
             Ok(census) => self.watch_goroutines(census),
             Err(refusal) if ends_a_watch(&refusal) => Err(self.failure(&refusal)),
             Err(refusal) => self.watch_threads(&refusal),
@@ -387,7 +387,7 @@ impl Watcher {
                 None => Ok(Attachment::None(TierReason::Unavailable(message))),
             }
         };
-        let probes = match Probes::find(census.program()) {
+        let probes = match probes::find(census.program()) {
             Ok(probes) => probes,
             Err(refusal) => return unavailable(Exit::Refused, refusal.to_string()),
         };

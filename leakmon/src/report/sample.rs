@@ -32,6 +32,7 @@ pub(crate) fn site(creator: &str, line: u32, entry: &str) -> Site {
     let created_by = frame(creator, line);
     let entry = frame(entry, line + 1);
     Site {
+        doubt: None,
         key: SiteKey {
             created_at: created_by.pc,
             entry: entry.entry,
@@ -117,6 +118,8 @@ impl Census {
             *states.entry(group.state).or_default() += group.count;
         }
         Population {
+            cycles: Vec::new(),
+            warnings: Vec::new(),
             taken_at: 0,
             took: Duration::from_millis(1),
             count: self.groups.iter().map(|group| group.count).sum(),

@@ -1,3 +1,155 @@
-//! One folder a runtime, all of one shape.
+//! One folder a runtime, all of one shape: detect, layout, census, probes,
+//! names. What the rest of leakmon sees of each is [`Tasks`].
 
 pub mod go;
+
+use crate::probe::{Counts, Plan};
+use crate::process::identity::Process;
+use crate::process::memory::MemoryError;
+use crate::task::{Dump, Flow, Population, SiteFlow, Tier};
+
+/// The runtimes that leakmon knows, in the order in which reports show them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// Goroutines.
+    Go,
+    /// Rust's tokio.
+    Tokio,
+    /// The kernel's own: every process has it.
+    Threads,
+}
+
+impl Kind {
+    /// Every runtime.
+    pub const ALL: [Kind; 3] = [Kind::Go, Kind::Tokio, Kind::Threads];
+
+    /// The word on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Go => "go",
+            Kind::Tokio => "tokio",
+            Kind::Threads => "threads",
+        }
+    }
+
+    /// What it calls its tasks, in the plural.
+    pub fn tasks(self) -> &'static str {
+        match self {
+            Kind::Go => "goroutines",
+            Kind::Tokio => "tasks",
+            Kind::Threads => "threads",
+        }
+    }
+
+    /// What it calls one of its tasks.
+    pub fn task(self) -> &'static str {
+        match self {
+            Kind::Go => "goroutine",
+            Kind::Tokio => "task",
+            Kind::Threads => "thread",
+        }
+    }
+}
+
+/// Why the tasks of a runtime cannot be read, and what would help.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The process is gone, was replaced, or may not be read.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The runtime is there, but what leakmon relies on is not.
+    #[error("{0}")]
+    Unreadable(String),
+}
+
+impl Refusal {
+    /// Whether nothing more can be said of the process, not even its threads.
+    pub fn ends_the_watch(&self) -> bool {
+        matches!(
+            self,
+            Refusal::Memory(MemoryError::Gone | MemoryError::Replaced | MemoryError::NotPermitted)
+        )
+    }
+}
+
+/// A plan, and what it lacks.
+#[derive(Debug)]
+pub struct Probes {
+    /// What can be attached.
+    pub plan: Plan,
+    /// Why what [`Tier::Blocking`] adds cannot be, if it cannot.
+    pub blocking_refused: Option<String>,
+}
+
+impl Probes {
+    /// The highest tier that the plan has places for.
+    pub fn highest_tier(&self) -> Tier {
+        self.plan.highest_tier()
+    }
+}
+
+/// The tasks that one runtime keeps in one process.
+pub trait Tasks: Send {
+    /// Which runtime.
+    fn kind(&self) -> Kind;
+
+    /// Its version as it prints itself: `go1.26.8`; empty where it has none.
+    fn version(&self) -> String;
+
+    /// A census: every live task, by the runtime's own definition. `probed` is
+    /// what the probes had counted just before, where they are attached.
+    ///
+    /// # Errors
+    /// [`Refusal`]; the process may be gone.
+    fn population(&mut self, probed: Option<&Counts>) -> Result<Population, Refusal>;
+
+    /// A look between two censuses, where one helps to tell whether a task has
+    /// run.
+    ///
+    /// # Errors
+    /// As [`Tasks::population`].
+    fn sample(&mut self) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    /// Every task with its stack.
+    ///
+    /// # Errors
+    /// As [`Tasks::population`].
+    fn dump(&mut self) -> Result<Dump, Refusal>;
+
+    /// What can be probed.
+    ///
+    /// # Errors
+    /// [`Refusal::Unreadable`] when nothing can; the census goes on without.
+    fn probes(&self) -> Result<Probes, Refusal>;
+
+    /// Puts names to what the probes counted of the program's own tasks.
+    fn flow(&mut self, counts: &Counts) -> Flow;
+
+    /// Spawns and exits of the program's own tasks.
+    fn totals(&self, counts: &Counts) -> SiteFlow;
+
+    /// Build id of the program, for profiles.
+    fn build_id(&self) -> Option<String>;
+}
+
+/// A runtime found in a process, and its tasks or why they cannot be read.
+pub struct Found {
+    /// Which runtime.
+    pub kind: Kind,
+    /// Its tasks.
+    pub tasks: Result<Box<dyn Tasks>, Refusal>,
+}
+
+/// Opens every runtime of `process`, in the order of [`Kind::ALL`].
+pub fn open(process: &Process) -> Vec<Found> {
+    let mut found = Vec::new();
+    let mut add = |kind, opened: Option<Result<Box<dyn Tasks>, Refusal>>| {
+        if let Some(tasks) = opened {
+            found.push(Found { kind, tasks });
+        }
+    };
+    add(Kind::Go, go::open(process));
+    found
+}

@@ -190,7 +190,7 @@ pub fn merge(population: &Population, flow: Option<&Flow>) -> Vec<SiteState> {
         state.live += group.count;
         *state.states.entry(group.state).or_default() += group.count;
         state.not_run += group.not_run;
-        if !matches!(group.state, State::Waiting | State::Leaked) {
+        if !group.state.is_blocked() {
             continue;
         }
         state.blocked += group.count;
@@ -374,6 +374,7 @@ mod tests {
             sites: vec![(
                 site.clone(),
                 SiteFlow {
+                    runs: None,
                     spawned: 12,
                     exited: 4,
                 },
@@ -425,7 +426,11 @@ mod tests {
         let base = base.done();
         let mut now = base.clone();
         now.count = 17;
-        let counts = |spawned, exited| SiteFlow { spawned, exited };
+        let counts = |spawned, exited| SiteFlow {
+            spawned,
+            exited,
+            runs: None,
+        };
         let quiet = Checkpoint::new(&base, counts(100, 90), counts(100, 90));
         let later = Checkpoint::new(&now, counts(300, 285), counts(300, 285));
         let answer = reconcile(&quiet, &later);
@@ -445,7 +450,14 @@ mod tests {
     fn rates_are_over_the_time_attached() {
         let site = sample::site("main.main", 9, "main.work");
         let flow = |spawned, exited| Flow {
-            sites: vec![(site.clone(), SiteFlow { spawned, exited })],
+            sites: vec![(
+                site.clone(),
+                SiteFlow {
+                    spawned,
+                    exited,
+                    runs: None,
+                },
+            )],
             ..Flow::default()
         };
         let rates = rates(&flow(100, 90), &flow(300, 285), Duration::from_secs(2));

@@ -54,6 +54,9 @@ pub struct Site {
     /// The statement that spawned them; `None` for a task that nobody spawned
     /// (Go's main goroutine).
     pub created_by: Option<Frame>,
+    /// Why the names may be another task's: what they were found by, where that
+    /// is not certain.
+    pub doubt: Option<Arc<str>>,
 }
 
 /// What a task is doing, in the words of its runtime (`runnable`, `running`,
@@ -74,10 +77,35 @@ pub enum State {
     Preempted,
     /// Proven by the runtime itself to be unreachable (Go 1.26 and later).
     Leaked,
+    /// A tokio task that nobody has woken: it waits.
+    Idle,
+    /// A tokio task that was woken and waits for a worker.
+    Scheduled,
+    /// A tokio task that has ended, and whose memory somebody still holds.
+    Complete,
+    /// A thread that waits, in the kernel.
+    Sleeping,
+    /// A thread that waits in the kernel and cannot be interrupted.
+    DiskSleep,
+    /// A thread stopped by a signal, or by a debugger.
+    Stopped,
+    /// A thread that has ended, and that nobody has reaped.
+    Zombie,
 }
 
 impl State {
-    /// Go's own word for the state.
+    /// Whether a task in this state waits for something to happen. A task in a
+    /// system call is not counted among these: who waits there is the kernel's
+    /// business.
+    pub fn is_blocked(self) -> bool {
+        matches!(
+            self,
+            State::Waiting | State::Leaked | State::Idle | State::Sleeping | State::DiskSleep
+        )
+    }
+
+    /// The runtime's own word for the state: Go's (runtime/runtime2.go), tokio's
+    /// (runtime/task/state.rs), the kernel's (fs/proc/array.c).
     pub fn name(self) -> &'static str {
         match self {
             State::Runnable => "runnable",
@@ -87,6 +115,13 @@ impl State {
             State::CopyStack => "copystack",
             State::Preempted => "preempted",
             State::Leaked => "leaked",
+            State::Idle => "idle",
+            State::Scheduled => "scheduled",
+            State::Complete => "complete",
+            State::Sleeping => "sleeping",
+            State::DiskSleep => "disk sleep",
+            State::Stopped => "stopped",
+            State::Zombie => "zombie",
         }
     }
 }
@@ -171,6 +206,34 @@ pub struct Population {
     pub sites: Arc<Vec<Site>>,
     /// Every stack met.
     pub stacks: Arc<Vec<Stack>>,
+    /// Tasks that wait for each other in a circle.
+    pub cycles: Vec<Cycle>,
+    /// What else is wrong, in sentences: `task 7 (app::serve) has run for 3s
+    /// without yielding`.
+    pub warnings: Vec<String>,
+}
+
+/// Tasks that wait for each other in a circle: none of them can go on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cycle {
+    /// Each waits for what the next one holds; the last for the first's.
+    pub members: Vec<CycleMember>,
+    /// Why this may be no deadlock, where it is not proven: a lock that does
+    /// not say who holds it.
+    pub doubt: Option<Arc<str>>,
+}
+
+/// One task of a [`Cycle`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CycleMember {
+    /// The task's id.
+    pub task: u64,
+    /// Its name, where it has one.
+    pub name: Option<Arc<str>>,
+    /// Address of the lock that it waits for, in the process.
+    pub lock: u64,
+    /// Where it waits: the line that wants the lock.
+    pub place: Option<Frame>,
 }
 
 impl Population {
@@ -207,6 +270,11 @@ pub struct Task {
     pub site: SiteId,
     /// Its stack; `None` while it runs.
     pub stack: Option<StackId>,
+    /// What exactly it waits for, where that is known: `task 17`, `mutex
+    /// 0x7f31c0de held by thread 4243`.
+    pub on: Option<Arc<str>>,
+    /// Its name, where tasks have one (a thread's).
+    pub name: Option<Arc<str>>,
     /// pprof labels, where they can be read.
     pub labels: Vec<(Arc<str>, Arc<str>)>,
 }
@@ -222,6 +290,8 @@ pub struct Dump {
     pub stacks: Arc<Vec<Stack>>,
     /// The runtime's version as it prints itself: `go1.26.8`.
     pub version: String,
+    /// What the runtime calls a task: `goroutine`.
+    pub noun: &'static str,
 }
 
 /// Durations in log2 buckets, as the kernel counted them.
@@ -249,6 +319,19 @@ pub struct SiteFlow {
     pub spawned: u64,
     /// Tasks that ended.
     pub exited: u64,
+    /// Times that they ran, where the runtime's probes count it (tokio's polls).
+    pub runs: Option<Runs>,
+}
+
+/// Times that tasks ran from one wait to the next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Runs {
+    /// How often.
+    pub count: u64,
+    /// How long in all, in nanoseconds.
+    pub busy_ns: u64,
+    /// The longest one, in nanoseconds.
+    pub longest_ns: u64,
 }
 
 /// What the probes counted of one kind of wait since they were attached.
@@ -358,4 +441,18 @@ pub struct Reconciliation {
     /// The census reads a running target over some time; a difference up to
     /// this many tasks (spawned and exited meanwhile) proves nothing.
     pub uncertainty: u64,
+}
+
+impl SiteFlow {
+    /// Adds what was counted elsewhere.
+    pub fn add(&mut self, other: SiteFlow) {
+        self.spawned += other.spawned;
+        self.exited += other.exited;
+        if let Some(other) = other.runs {
+            let runs = self.runs.get_or_insert_default();
+            runs.count += other.count;
+            runs.busy_ns += other.busy_ns;
+            runs.longest_ns = runs.longest_ns.max(other.longest_ns);
+        }
+    }
 }

@@ -56,6 +56,7 @@ fn spawns_and_exits_are_exact() {
         assert_eq!(
             churned[0].1,
             SiteFlow {
+                runs: None,
                 spawned: 100_000,
                 exited: 100_000
             },

@@ -77,6 +77,7 @@ impl Maker {
         let mut entry = calls.last().unwrap().clone();
         entry.pc = entry.entry;
         self.sites.push(Site {
+            doubt: None,
             key: SiteKey {
                 created_at: created_by.pc,
                 entry: entry.entry,
@@ -92,6 +93,8 @@ impl Maker {
             place: None,
         });
         self.tasks.push(Task {
+            on: None,
+            name: None,
             id,
             parent: Some(1),
             state: State::Waiting,
@@ -153,6 +156,7 @@ impl Maker {
 
     fn done(self, version: &str) -> Dump {
         Dump {
+            noun: "goroutine",
             tasks: self.tasks,
             sites: Arc::new(self.sites),
             stacks: Arc::new(self.stacks),

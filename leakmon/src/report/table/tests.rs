@@ -38,6 +38,7 @@ fn conn_site() -> Site {
         1907,
     );
     Site {
+        doubt: None,
         key: SiteKey {
             created_at: created_by.pc,
             entry: entry.entry,
@@ -97,6 +98,7 @@ pub(crate) fn leaking() -> Report {
                 (
                     sum.clone(),
                     SiteFlow {
+                        runs: None,
                         spawned: 86,
                         exited: 0,
                     },
@@ -104,6 +106,7 @@ pub(crate) fn leaking() -> Report {
                 (
                     conns.clone(),
                     SiteFlow {
+                        runs: None,
                         spawned: 5200,
                         exited: 5191,
                     },

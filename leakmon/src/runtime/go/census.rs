@@ -26,6 +26,7 @@ use super::pclntab::TextOffset;
 use super::program::{Program, Refusal};
 use super::stack::{End, Unwinder};
 use super::symbols::{Pc, Symbols};
+use crate::runtime::Kind;
 
 /// Goroutines handled at a time: bounds the memory of a census, and lets what
 /// is read of them stay in the processor's cache until they are counted.
@@ -557,6 +558,8 @@ impl<M: Memory> Census<M> {
         let started = Instant::now();
         let now = monotonic_ns();
         let mut population = Population {
+            cycles: Vec::new(),
+            warnings: Vec::new(),
             taken_at: now,
             took: Duration::ZERO,
             count: 0,
@@ -776,6 +779,8 @@ impl<M: Memory> Census<M> {
                 }
                 let waits = matches!(state, State::Waiting | State::Syscall);
                 tasks.push(Task {
+                    on: None,
+                    name: None,
                     id: g.goid,
                     parent: g.parent.filter(|parent| *parent != 0),
                     state,
@@ -795,6 +800,7 @@ impl<M: Memory> Census<M> {
         }
         self.memory_check()?;
         Ok(Dump {
+            noun: Kind::Go.task(),
             tasks,
             sites: tallies.sites,
             stacks: tallies.stacks,

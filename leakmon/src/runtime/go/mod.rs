@@ -24,18 +24,30 @@ pub mod variables;
 use std::sync::Arc;
 
 use crate::binary::elf::Elf;
+use crate::probe::Counts;
 use crate::process::identity::Process;
 use crate::process::memory::ProcessMemory;
+use crate::runtime::{self, Kind, Probes, Tasks};
+use crate::task::{Dump, Flow, Population, SiteFlow};
 
 use census::{Census, Tables};
 use program::{Program, Refusal};
 use variables::Variables;
 
-/// Opens the goroutines of `process`.
+/// Opens the goroutines of `process`; `None` when it is not a Go program.
+pub fn open(process: &Process) -> Option<Result<Box<dyn Tasks>, runtime::Refusal>> {
+    match census(process) {
+        Ok(census) => Some(Ok(Box::new(census))),
+        Err(Refusal::NotGo) => None,
+        Err(refusal) => Some(Err(refusal.into())),
+    }
+}
+
+/// The goroutines of `process`.
 ///
 /// # Errors
 /// [`Refusal`] says why they cannot be read.
-pub fn open(process: &Process) -> Result<Census<ProcessMemory>, Refusal> {
+pub fn census(process: &Process) -> Result<Census<ProcessMemory>, Refusal> {
     let file = process.executable.try_clone().map_err(|source| {
         Refusal::Elf(crate::binary::elf::ElfError::Io {
             what: "its executable",
@@ -60,4 +72,52 @@ pub fn open(process: &Process) -> Result<Census<ProcessMemory>, Refusal> {
         clock_offset: process.identity.clock_offset_ns(),
     };
     Ok(Census::new(memory, program, bias, tables))
+}
+
+impl From<Refusal> for runtime::Refusal {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Memory(error) => runtime::Refusal::Memory(error),
+            other => runtime::Refusal::Unreadable(other.to_string()),
+        }
+    }
+}
+
+impl Tasks for Census<ProcessMemory> {
+    fn kind(&self) -> Kind {
+        Kind::Go
+    }
+
+    fn version(&self) -> String {
+        self.program().version.text.clone()
+    }
+
+    fn population(&mut self, _probed: Option<&Counts>) -> Result<Population, runtime::Refusal> {
+        Ok(Census::population(self)?)
+    }
+
+    fn sample(&mut self) -> Result<(), runtime::Refusal> {
+        Ok(Census::sample(self)?)
+    }
+
+    fn dump(&mut self) -> Result<Dump, runtime::Refusal> {
+        Ok(Census::dump(self)?)
+    }
+
+    fn probes(&self) -> Result<Probes, runtime::Refusal> {
+        Ok(probes::find(self.program())?)
+    }
+
+    fn flow(&mut self, counts: &Counts) -> Flow {
+        probes::flow(self, counts)
+    }
+
+    fn totals(&self, counts: &Counts) -> SiteFlow {
+        probes::totals(self, counts)
+    }
+
+    fn build_id(&self) -> Option<String> {
+        let program = self.program();
+        program.elf.build_id(&program.file)
+    }
 }

@@ -1,7 +1,8 @@
 //! What is probed in a Go program, and what the counts mean.
 
-use crate::probe::{Counts, Place, Plan, TargetLayout, Tier};
+use crate::probe::{Counts, Place, Plan, TargetLayout};
 use crate::process::memory::Memory;
+use crate::runtime::Probes;
 use crate::task::{Flow, SiteFlow, SiteKey, WaitFlow};
 
 use super::census::Census;
@@ -26,60 +27,44 @@ const REASONS: &[&str] = &[
     "sync.WaitGroup.Wait",
 ];
 
-/// A plan, and what it lacks.
-#[derive(Debug)]
-pub struct Probes {
-    /// What can be attached.
-    pub plan: Plan,
-    /// Why what [`Tier::Blocking`] adds cannot be, if it cannot.
-    pub blocking_refused: Option<String>,
-}
-
-impl Probes {
-    /// Finds the probe places of `program`.
-    ///
-    /// # Errors
-    /// [`Refusal::Unproven`] when not even spawns and exits can be probed; the
-    /// census goes on without.
-    pub fn find(program: &Program) -> Result<Probes, Refusal> {
-        let found = Places::find(program.elf.arch, program);
-        let mut places = Vec::new();
-        let mut add = |found: Vec<Found>| {
-            for place in found {
-                let offset = program.file_offset(place.vaddr).ok_or_else(|| {
-                    Refusal::Unproven(format!("{} lies outside of its file", place.function))
-                })?;
-                places.push(Place {
-                    offset,
-                    role: place.role,
-                    depth: place.depth,
-                });
-            }
-            Ok::<(), Refusal>(())
-        };
-        add(found
-            .lifecycle
-            .map_err(|refused| Refusal::Unproven(refused.to_string()))?)?;
-        let blocking_refused = match found.blocking {
-            Ok(blocking) => {
-                add(blocking.places)?;
-                None
-            }
-            Err(refused) => Some(refused.to_string()),
-        };
-        Ok(Probes {
-            plan: Plan {
-                target: target_layout(program)?,
-                places,
-            },
-            blocking_refused,
-        })
-    }
-
-    /// The highest tier that the plan has places for.
-    pub fn highest_tier(&self) -> Tier {
-        self.plan.highest_tier()
-    }
+/// Finds the probe places of `program`.
+///
+/// # Errors
+/// [`Refusal::Unproven`] when not even spawns and exits can be probed; the
+/// census goes on without.
+pub fn find(program: &Program) -> Result<Probes, Refusal> {
+    let found = Places::find(program.elf.arch, program);
+    let mut places = Vec::new();
+    let mut add = |found: Vec<Found>| {
+        for place in found {
+            let offset = program.file_offset(place.vaddr).ok_or_else(|| {
+                Refusal::Unproven(format!("{} lies outside of its file", place.function))
+            })?;
+            places.push(Place {
+                offset,
+                role: place.role,
+                depth: place.depth,
+            });
+        }
+        Ok::<(), Refusal>(())
+    };
+    add(found
+        .lifecycle
+        .map_err(|refused| Refusal::Unproven(refused.to_string()))?)?;
+    let blocking_refused = match found.blocking {
+        Ok(blocking) => {
+            add(blocking.places)?;
+            None
+        }
+        Err(refused) => Some(refused.to_string()),
+    };
+    Ok(Probes {
+        plan: Plan {
+            target: target_layout(program)?,
+            places,
+        },
+        blocking_refused,
+    })
 }
 
 fn target_layout(program: &Program) -> Result<TargetLayout, Refusal> {
@@ -142,10 +127,11 @@ pub fn flow<M: Memory>(census: &mut Census<M>, counts: &Counts) -> Flow {
 
 /// Spawns and exits of the program's own goroutines.
 pub fn totals<M: Memory>(census: &Census<M>, counts: &Counts) -> SiteFlow {
-    own_sites(census, counts).fold(SiteFlow::default(), |sum, (_, site)| SiteFlow {
-        spawned: sum.spawned + site.spawned,
-        exited: sum.exited + site.exited,
-    })
+    let mut sum = SiteFlow::default();
+    for (_, site) in own_sites(census, counts) {
+        sum.add(site);
+    }
+    sum
 }
 
 fn own_sites<'a, M: Memory>(

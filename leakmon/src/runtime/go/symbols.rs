@@ -115,6 +115,7 @@ impl Symbols {
     /// The site of the goroutines with these `gopc` and `startpc`.
     pub fn site(&mut self, key: SiteKey) -> Site {
         Site {
+            doubt: None,
             key,
             entry: self.entry(key.entry),
             created_by: self.creator(key.created_at),
