@@ -10,3 +10,4 @@ pub mod process;
 pub mod report;
 pub mod runtime;
 pub mod task;
+pub mod watch;

@@ -44,7 +44,7 @@ impl Watch {
     /// The next report.
     fn report(&self) -> Value {
         let line = self.leakmon.wait_for_line();
-        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"))
+        common::parse(&line)
     }
 
     /// The first report that is so.

@@ -1,6 +1,7 @@
 //! The command line: one file a command.
 
 pub mod doctor;
+mod screen;
 pub mod stacks;
 pub mod watch;
 
@@ -12,7 +13,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::process::identity::ProcessError;
 use crate::process::memory::MemoryError;
-use crate::runtime::go::program::Refusal;
+use crate::runtime::Refusal;
 
 /// Exit codes, as the manual lists them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -30,7 +31,7 @@ pub enum Exit {
     NotPermitted = 4,
     /// The process ended or replaced its program while it was watched.
     Ended = 5,
-    /// The process runs, but its goroutines cannot be read.
+    /// The process runs, but its goroutines or tasks cannot be read.
     Refused = 6,
 }
 
@@ -82,8 +83,8 @@ fn exit_of(refusal: &Refusal) -> Exit {
     }
 }
 
-/// Watches the goroutines of running programs from outside, and names those
-/// that leak.
+/// Watches goroutines, tokio tasks and threads of running programs from outside,
+/// and names those that leak.
 #[derive(Debug, Parser)]
 #[command(
     name = "leakmon",
@@ -106,11 +107,12 @@ const EXIT_CODES: &str = "Exit codes:
   3  no such process, or none that can be watched
   4  a capability is missing, or the kernel forbids it (see leakmon doctor)
   5  the process ended, or replaced its program by exec
-  6  the process runs, but its goroutines cannot be read";
+  6  the process runs, but its goroutines or tokio tasks cannot be read";
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Print every goroutine of a process, as Go's own dumps do.
+    /// Print every goroutine, tokio task or thread of a process, as Go's own dumps
+    /// do.
     Stacks(StacksArgs),
     /// Say what this kernel and these capabilities allow, and what to do about
     /// the rest.
@@ -135,6 +137,10 @@ pub struct WatchArgs {
     /// Sites to show; suspects are shown in any case.
     #[arg(long, value_name = "N", default_value_t = 10)]
     top: usize,
+    /// Watch and show the threads of a process that has goroutines or tokio
+    /// tasks as closely as these.
+    #[arg(long)]
+    all_runtimes: bool,
     /// How to print the reports.
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
@@ -157,9 +163,23 @@ pub struct StacksArgs {
     /// Process to dump.
     #[arg(long, value_name = "PID")]
     pid: u32,
-    /// How to print the goroutines.
+    /// Whose tasks to print, in a process that has several; without it, the
+    /// goroutines or else the tokio tasks or else the threads.
+    #[arg(long, value_enum)]
+    runtime: Option<RuntimeArg>,
+    /// How to print them.
     #[arg(long, value_enum, default_value_t = StacksFormat::Debug2)]
     format: StacksFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum RuntimeArg {
+    /// Goroutines.
+    Go,
+    /// tokio's tasks.
+    Tokio,
+    /// The kernel's threads.
+    Threads,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -1,14 +1,14 @@
-//! `leakmon stacks`: every goroutine of a process, without a stop and without
-//! an endpoint.
+//! `leakmon stacks`: every goroutine, tokio task or thread of a process,
+//! without a stop and without an endpoint.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::SystemTime;
 
 use crate::process::identity::Process;
 use crate::report::stacks::{self, Format, Origin};
-use crate::runtime::go;
+use crate::runtime::{self, Kind, Refusal, Tasks};
 
-use super::{Exit, Failure, StacksArgs, StacksFormat, exit_of};
+use super::{Exit, Failure, RuntimeArg, StacksArgs, StacksFormat, exit_of};
 
 /// Bytes of output that are collected before they are written.
 const BUFFER: usize = 1 << 18;
@@ -26,12 +26,12 @@ pub fn run(args: &StacksArgs) -> Result<Exit, Failure> {
         });
     }
     let process = Process::open(args.pid)?;
-    let failed = |refusal: go::program::Refusal| Failure {
+    let failed = |refusal: Refusal| Failure {
         message: format!("{}: {refusal}", process.identity.describe()),
         exit: exit_of(&refusal),
     };
-    let mut census = go::census(&process).map_err(failed)?;
-    let dump = census.dump().map_err(failed)?;
+    let mut tasks = choose(&process, args.runtime)?.map_err(failed)?;
+    let dump = tasks.dump().map_err(failed)?;
     let format = match args.format {
         StacksFormat::Debug2 => Format::Debug2,
         StacksFormat::Debug1 => Format::Debug1,
@@ -40,8 +40,7 @@ pub fn run(args: &StacksArgs) -> Result<Exit, Failure> {
         StacksFormat::Pprof => Format::Pprof,
     };
     let executable = process.identity.executable.to_string_lossy();
-    let program = census.program();
-    let build_id = program.elf.build_id(&program.file);
+    let build_id = tasks.build_id();
     let origin = Origin {
         executable: &executable,
         build_id: build_id.as_deref(),
@@ -53,5 +52,38 @@ pub fn run(args: &StacksArgs) -> Result<Exit, Failure> {
         // The reader has seen enough.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Exit::Success),
         Err(error) => Err(Failure::output(&error)),
+    }
+}
+
+/// The tasks of the runtime that was asked for; else of the first that the
+/// process has, threads being the last.
+fn choose(
+    process: &Process,
+    wanted: Option<RuntimeArg>,
+) -> Result<Result<Box<dyn Tasks>, Refusal>, Failure> {
+    let wanted = wanted.map(RuntimeArg::kind);
+    let found = runtime::open(process)
+        .into_iter()
+        .find(|found| wanted.is_none_or(|wanted| wanted == found.kind));
+    match found {
+        Some(found) => Ok(found.tasks),
+        None => Err(Failure {
+            message: format!(
+                "{}: has no {}",
+                process.identity.describe(),
+                wanted.unwrap_or(Kind::Threads).tasks()
+            ),
+            exit: Exit::Refused,
+        }),
+    }
+}
+
+impl RuntimeArg {
+    fn kind(self) -> Kind {
+        match self {
+            RuntimeArg::Go => Kind::Go,
+            RuntimeArg::Tokio => Kind::Tokio,
+            RuntimeArg::Threads => Kind::Threads,
+        }
     }
 }

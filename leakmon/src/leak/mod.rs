@@ -24,7 +24,7 @@ use std::collections::hash_map::{DefaultHasher, Entry};
 use std::hash::{Hash, Hasher};
 use std::time::Duration;
 
-use crate::task::{SiteHash, SiteState, WaitState, human};
+use crate::task::{SiteHash, SiteState, WaitClass, WaitState, human};
 use series::Series;
 
 /// Waits whose past is kept. At 2 KiB each, 16 MiB.
@@ -73,51 +73,6 @@ pub struct Verdict {
     pub sentence: String,
     /// Index in [`SiteState::waits`] of the wait that earned it.
     pub wait: usize,
-}
-
-/// What a wait's reason lets one conclude.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Class {
-    /// Waiting for ever is never meant: a channel send, a nil channel.
-    Hanging,
-    /// A lock: waiting long is never meant.
-    Lock,
-    /// Waiting for ever is a way to be idle: receive, select, wait groups.
-    Idle,
-}
-
-/// `None` for a wait that says nothing about leaks (`IO wait`, `sleep`).
-fn class(reason: &str) -> Option<Class> {
-    // `chan send (durable)` is a send inside Go's testing/synctest.
-    let reason = reason.strip_suffix(" (durable)").unwrap_or(reason);
-    Some(match reason {
-        "chan send" | "chan send (nil chan)" | "chan receive (nil chan)" => Class::Hanging,
-        "sync.Mutex.Lock" | "sync.RWMutex.RLock" | "sync.RWMutex.Lock" => Class::Lock,
-        "chan receive"
-        | "select"
-        | "select (no cases)"
-        | "semacquire"
-        | "sync.Cond.Wait"
-        | "sync.WaitGroup.Wait" => Class::Idle,
-        _ => return None,
-    })
-}
-
-/// What did not happen, that would have let the tasks run.
-fn missing(reason: &str) -> Option<&'static str> {
-    let reason = reason.strip_suffix(" (durable)").unwrap_or(reason);
-    Some(match reason {
-        "chan send" => "nobody received",
-        "chan receive" => "nobody sent or closed",
-        "select" => "no case became ready",
-        "select (no cases)" => "nothing can wake it",
-        "chan send (nil chan)" | "chan receive (nil chan)" => "a nil channel is never ready",
-        "sync.Mutex.Lock" | "sync.RWMutex.RLock" | "sync.RWMutex.Lock" => "nobody unlocked",
-        "sync.Cond.Wait" => "nobody signalled",
-        "sync.WaitGroup.Wait" => "the counter did not reach zero",
-        "semacquire" => "nobody released",
-        _ => return None,
-    })
 }
 
 /// A wait of a site, by what the source says.
@@ -171,7 +126,7 @@ impl History {
         self.untracked = 0;
         for site in sites {
             for wait in &site.waits {
-                if wait.count == 0 || class(&wait.reason).is_none() {
+                if wait.count == 0 || wait.kind.class == WaitClass::Silent {
                     continue;
                 }
                 let room = self.series.len() < MAX_SERIES;
@@ -264,11 +219,11 @@ impl History {
                 ),
             ));
         }
-        let class = class(&wait.reason)?;
+        let class = wait.kind.class;
         let series = self.series.get(&wait_id(site, wait))?;
         let ending = ending(wait);
 
-        let needed = if class == Class::Idle { 5 } else { 3 };
+        let needed = if class == WaitClass::Idle { 5 } else { 3 };
         if let Some(growth) = series.growth(needed) {
             let time = self.last_at.saturating_sub(growth.since);
             let minutes = time.as_secs_f64() / 60.0;
@@ -285,9 +240,9 @@ impl History {
         }
 
         let patience = match class {
-            Class::Hanging => Duration::ZERO,
-            Class::Lock => LOCK_PATIENCE,
-            Class::Idle => return None,
+            WaitClass::Hanging => Duration::ZERO,
+            WaitClass::Lock => LOCK_PATIENCE,
+            WaitClass::Idle | WaitClass::Silent => return None,
         };
         // The census can be deceived by tasks that run exactly 256 times; the
         // probes cannot.
@@ -334,7 +289,7 @@ fn none_of(wait: &WaitState, series: &Series) -> String {
 
 /// What did not happen; or, when it happened to others, that it did.
 fn ending(wait: &WaitState) -> String {
-    match (wait.resumes, missing(&wait.reason)) {
+    match (wait.resumes, wait.kind.missing) {
         (Some(resumes), _) if resumes > 0 => {
             format!("; others went on {} times", human::count(resumes))
         }

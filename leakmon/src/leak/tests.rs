@@ -1,5 +1,5 @@
 use super::*;
-use crate::report::sample::{Census, site};
+use crate::report::sample::{Census, site, wait_kind};
 use crate::task::{Population, State, merge};
 
 /// Runs a process whose one wait has `counts[i]` = (tasks, not run) in census
@@ -10,7 +10,7 @@ fn run(reason: &str, counts: &[(u64, u64)]) -> Vec<Option<Verdict>> {
         .iter()
         .enumerate()
         .map(|(i, &(count, not_run))| {
-            let sites = merge(&census(reason, count, not_run), None);
+            let sites = merge(&census(reason, count, not_run), None, wait_kind);
             history.observe(Duration::from_secs(i as u64), &sites);
             sites.first().and_then(|site| history.judge(site))
         })
@@ -215,7 +215,7 @@ fn a_lock_gets_patience() {
 fn the_runtime_is_believed() {
     let mut population = census("chan receive", 12, 0);
     population.groups[0].state = State::Leaked;
-    let sites = merge(&population, None);
+    let sites = merge(&population, None, wait_kind);
     let mut history = History::new();
     history.observe(Duration::ZERO, &sites);
     let verdict = history.judge(&sites[0]).unwrap();
@@ -230,10 +230,10 @@ fn the_runtime_is_believed() {
 #[test]
 fn change_is_counted_from_the_start() {
     let mut history = History::new();
-    let start = merge(&census("select", 10, 0), None);
+    let start = merge(&census("select", 10, 0), None, wait_kind);
     history.observe(Duration::from_secs(5), &start);
     assert_eq!(history.per_minute(&start[0]), None);
-    let now = merge(&census("select", 30, 0), None);
+    let now = merge(&census("select", 30, 0), None, wait_kind);
     history.observe(Duration::from_secs(35), &now);
     assert_eq!(history.per_minute(&now[0]), Some(40.0));
 }
@@ -247,7 +247,10 @@ fn memory_is_bounded() {
             let creator = format!("main.f{}", i * 100 + u64::from(j));
             census.group(&site(&creator, j, "main.w"), "select", "main.w", 1, 1, 0);
         }
-        history.observe(Duration::from_secs(i), &merge(&census.done(), None));
+        history.observe(
+            Duration::from_secs(i),
+            &merge(&census.done(), None, wait_kind),
+        );
     }
     assert!(history.series.len() <= MAX_SERIES);
     assert!(history.series.len() <= 100 * FORGET_AFTER as usize);

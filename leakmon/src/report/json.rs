@@ -8,12 +8,12 @@ use std::time::{Duration, SystemTime};
 use serde::Serialize;
 use serde_json::ser::Formatter;
 
-use super::{FlowTotals, Report, SiteReport, Tasks};
-use crate::task::{Frame, Histogram, WaitState};
+use super::{FlowTotals, Report, RuntimeReport, SiteReport, Tasks};
+use crate::task::{Cycle, CycleMember, Frame, Histogram, Runs, WaitState};
 
 /// Version of the schema. It grows when a field changes or goes, not when one
 /// is added.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 
 #[derive(Serialize)]
 struct ReportJson<'a> {
@@ -23,16 +23,24 @@ struct ReportJson<'a> {
     interval_seconds: f64,
     process: ProcessJson<'a>,
     threads: u64,
+    runtimes: Vec<RuntimeReportJson<'a>>,
+}
+
+#[derive(Serialize)]
+struct RuntimeReportJson<'a> {
+    runtime: RuntimeJson<'a>,
     #[serde(skip_serializing_if = "Option::is_none")]
     refusal: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    runtime: Option<RuntimeJson<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tier: Option<TierJson<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tasks: Option<TasksJson>,
     #[serde(skip_serializing_if = "Option::is_none")]
     probes: Option<ProbesJson<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cycles: Option<Vec<CycleJson<'a>>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    warnings: Option<&'a [String]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     sites: Option<Vec<SiteJson<'a>>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -83,12 +91,59 @@ struct ProbesJson<'a> {
     waits_complete: bool,
     spawned: u64,
     exited: u64,
+    runs: Option<RunsJson>,
     spawned_per_second: f64,
     exited_per_second: f64,
     dropped_hits: &'a BTreeMap<&'static str, u64>,
     census_difference: Option<i64>,
     census_uncertainty: Option<u64>,
     overhead: OverheadJson,
+}
+
+#[derive(Serialize)]
+struct RunsJson {
+    count: u64,
+    busy_seconds: f64,
+    longest_seconds: f64,
+}
+
+impl RunsJson {
+    fn new(runs: &Runs) -> RunsJson {
+        RunsJson {
+            count: runs.count,
+            busy_seconds: runs.busy_ns as f64 / 1e9,
+            longest_seconds: runs.longest_ns as f64 / 1e9,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct CycleJson<'a> {
+    members: Vec<CycleMemberJson<'a>>,
+    doubt: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct CycleMemberJson<'a> {
+    task_id: u64,
+    name: Option<&'a str>,
+    lock: String,
+    place: Option<FrameJson<'a>>,
+}
+
+impl<'a> CycleJson<'a> {
+    fn new(cycle: &'a Cycle) -> CycleJson<'a> {
+        let member = |member: &'a CycleMember| CycleMemberJson {
+            task_id: member.task,
+            name: member.name.as_deref(),
+            lock: format!("{:#x}", member.lock),
+            place: member.place.as_ref().map(FrameJson::new),
+        };
+        CycleJson {
+            members: cycle.members.iter().map(member).collect(),
+            doubt: cycle.doubt.as_deref(),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -114,6 +169,8 @@ struct SiteJson<'a> {
     by_state: BTreeMap<&'static str, u64>,
     spawned: Option<u64>,
     exited: Option<u64>,
+    runs: Option<RunsJson>,
+    doubt: Option<&'a str>,
     blocked_durations: Option<DurationsJson>,
     waits: Vec<WaitJson<'a>>,
     verdict: Option<VerdictJson<'a>>,
@@ -215,6 +272,8 @@ impl<'a> SiteJson<'a> {
             by_state: state.states.iter().map(|(s, n)| (s.name(), *n)).collect(),
             spawned: state.spawned,
             exited: state.exited,
+            runs: state.runs.as_ref().map(RunsJson::new),
+            doubt: state.site.doubt.as_deref(),
             blocked_durations: state.durations().as_ref().map(DurationsJson::new),
             waits: state.waits.iter().map(WaitJson::new).collect(),
             verdict: site.verdict.as_ref().map(|verdict| VerdictJson {
@@ -238,6 +297,7 @@ impl<'a> ProbesJson<'a> {
             waits_complete: flow.coverage.all_waits,
             spawned: flow.spawned,
             exited: flow.exited,
+            runs: flow.runs.as_ref().map(RunsJson::new),
             spawned_per_second: flow.rates.spawned_per_second,
             exited_per_second: flow.rates.exited_per_second,
             dropped_hits: &flow.dropped,
@@ -293,20 +353,49 @@ impl Formatter for Line {
     }
 }
 
+impl<'a> RuntimeReportJson<'a> {
+    fn new(report: &'a RuntimeReport, top: usize) -> RuntimeReportJson<'a> {
+        let tasks = report.tasks.as_ref().ok();
+        let sites: Option<Vec<SiteJson<'_>>> = tasks.map(|tasks| {
+            tasks
+                .sites
+                .iter()
+                .enumerate()
+                .filter(|(i, site)| *i < top || site.verdict.is_some())
+                .map(|(_, site)| SiteJson::new(site))
+                .collect()
+        });
+        RuntimeReportJson {
+            runtime: RuntimeJson {
+                name: report.runtime.name,
+                version: &report.runtime.version,
+            },
+            refusal: report.tasks.as_ref().err().map(String::as_str),
+            tier: tasks.map(|tasks| TierJson {
+                name: tasks.tier.name(),
+                reason: tasks.tier_reason.name(),
+                detail: match &tasks.tier_reason {
+                    super::TierReason::Unavailable(why) => Some(why),
+                    _ => None,
+                },
+            }),
+            tasks: tasks.map(TasksJson::new),
+            probes: tasks.and_then(|tasks| tasks.flow.as_ref().map(ProbesJson::new)),
+            cycles: tasks.map(|tasks| tasks.cycles.iter().map(CycleJson::new).collect()),
+            warnings: tasks.map(|tasks| tasks.warnings.as_slice()),
+            sites_omitted: tasks
+                .zip(sites.as_ref())
+                .map(|(tasks, sites)| (tasks.sites.len() - sites.len()) as u64),
+            sites,
+        }
+    }
+}
+
 /// Writes a report as one JSON object and a line feed. `top` leaves out all
-/// but so many sites (and the suspects, which stay in any case).
+/// but so many sites of each runtime (and the suspects, which stay in any
+/// case).
 pub fn write(report: &Report, top: Option<usize>, out: &mut dyn io::Write) -> io::Result<()> {
     let top = top.unwrap_or(usize::MAX);
-    let tasks = report.tasks.as_ref().ok();
-    let sites: Option<Vec<SiteJson<'_>>> = tasks.map(|tasks| {
-        tasks
-            .sites
-            .iter()
-            .enumerate()
-            .filter(|(i, site)| *i < top || site.verdict.is_some())
-            .map(|(_, site)| SiteJson::new(site))
-            .collect()
-    });
     let object = ReportJson {
         schema_version: SCHEMA_VERSION,
         time_unix_seconds: report
@@ -323,25 +412,11 @@ pub fn write(report: &Report, top: Option<usize>, out: &mut dyn io::Write) -> io
             command: &report.process.command,
         },
         threads: report.threads,
-        refusal: report.tasks.as_ref().err().map(String::as_str),
-        runtime: tasks.map(|tasks| RuntimeJson {
-            name: tasks.runtime.name,
-            version: &tasks.runtime.version,
-        }),
-        tier: tasks.map(|tasks| TierJson {
-            name: tasks.tier.name(),
-            reason: tasks.tier_reason.name(),
-            detail: match &tasks.tier_reason {
-                super::TierReason::Unavailable(why) => Some(why),
-                _ => None,
-            },
-        }),
-        tasks: tasks.map(TasksJson::new),
-        probes: tasks.and_then(|tasks| tasks.flow.as_ref().map(ProbesJson::new)),
-        sites_omitted: tasks
-            .zip(sites.as_ref())
-            .map(|(tasks, sites)| (tasks.sites.len() - sites.len()) as u64),
-        sites,
+        runtimes: report
+            .runtimes
+            .iter()
+            .map(|runtime| RuntimeReportJson::new(runtime, top))
+            .collect(),
     };
     line(&object, out)
 }
@@ -368,11 +443,13 @@ mod tests {
     #[test]
     fn figures_are_in_base_units() {
         let object = object(&leaking(), None);
-        assert_eq!(object["schema_version"], 1);
+        assert_eq!(object["schema_version"], 2);
         assert_eq!(object["elapsed_seconds"], 130.0);
-        assert_eq!(object["tasks"]["live"], 145);
-        assert_eq!(object["probes"]["overhead"]["ratio"], 0.008);
-        let site = &object["sites"][0];
+        let go = &object["runtimes"][0];
+        assert_eq!(go["runtime"]["name"], "go");
+        assert_eq!(go["tasks"]["live"], 145);
+        assert_eq!(go["probes"]["overhead"]["ratio"], 0.008);
+        let site = &go["sites"][0];
         assert_eq!(site["live"], 86);
         assert_eq!(site["waits"][0]["reason"], "chan send");
         assert_eq!(site["waits"][0]["place"]["line"], 17);
@@ -382,17 +459,19 @@ mod tests {
     #[test]
     fn suspects_stay_when_sites_are_left_out() {
         let object = object(&leaking(), Some(0));
-        let sites = object["sites"].as_array().unwrap();
+        let go = &object["runtimes"][0];
+        let sites = go["sites"].as_array().unwrap();
         assert!(sites.iter().all(|site| !site["verdict"].is_null()));
-        assert_eq!(object["sites_omitted"], 2);
+        assert_eq!(go["sites_omitted"], 2);
     }
 
     #[test]
     fn refusal_leaves_the_threads() {
         let object = object(&refused(), None);
         assert_eq!(object["threads"], 12);
-        assert!(object["refusal"].is_string());
-        assert!(object.get("sites").is_none());
+        let go = &object["runtimes"][0];
+        assert!(go["refusal"].is_string());
+        assert!(go.get("sites").is_none());
     }
 
     #[test]

@@ -18,7 +18,8 @@ use std::time::{Duration, SystemTime};
 
 use crate::leak::{History, Verdict};
 use crate::task::{
-    Coverage, Flow, Overhead, Population, Rates, Reconciliation, SiteState, State, Tier, merge,
+    Classify, Coverage, Cycle, Flow, Overhead, Population, Rates, Reconciliation, Runs, SiteFlow,
+    SiteState, State, Tier, merge,
 };
 
 /// The process that a report is about.
@@ -35,14 +36,15 @@ pub struct Process {
     pub command: Vec<String>,
 }
 
-/// The runtime found in a process.
+/// A runtime found in a process.
 #[derive(Clone, Debug)]
 pub struct Runtime {
     /// `go`.
     pub name: &'static str,
     /// What it calls its tasks, in the plural: `goroutines`.
     pub tasks: &'static str,
-    /// The runtime's version as it prints itself: `go1.26.8`.
+    /// The runtime's version as it prints itself: `go1.26.8`; empty where it has
+    /// none.
     pub version: String,
 }
 
@@ -95,14 +97,14 @@ pub struct Probed<'a> {
 /// What was seen of a process's tasks in one interval.
 #[derive(Clone, Copy, Debug)]
 pub struct Observation<'a> {
-    /// The runtime that keeps the tasks.
-    pub runtime: &'a Runtime,
     /// How much is attached.
     pub tier: Tier,
     /// Why so much.
     pub tier_reason: &'a TierReason,
     /// The census.
     pub population: &'a Population,
+    /// What its wait reasons let one conclude.
+    pub classify: Classify,
     /// What the probes measured; `None` at [`Tier::Census`].
     pub probed: Option<Probed<'a>>,
 }
@@ -127,15 +129,22 @@ pub struct Report {
     pub process: Process,
     /// Threads of the process.
     pub threads: u64,
+    /// Every runtime found in it.
+    pub runtimes: Vec<RuntimeReport>,
+}
+
+/// One runtime in a [`Report`].
+#[derive(Clone, Debug)]
+pub struct RuntimeReport {
+    /// Which.
+    pub runtime: Runtime,
     /// Its tasks; or why they cannot be read, and what would help.
     pub tasks: Result<Tasks, String>,
 }
 
-/// The tasks of a process in a [`Report`].
+/// The tasks that a runtime keeps in a process, in a [`Report`].
 #[derive(Clone, Debug)]
 pub struct Tasks {
-    /// The runtime that keeps them.
-    pub runtime: Runtime,
     /// How much is attached.
     pub tier: Tier,
     /// Why so much.
@@ -158,6 +167,10 @@ pub struct Tasks {
     pub judged: bool,
     /// Waits whose past is not followed, because too many are.
     pub untracked_waits: u64,
+    /// Tasks that wait for each other in a circle.
+    pub cycles: Vec<Cycle>,
+    /// What else is wrong, in sentences.
+    pub warnings: Vec<String>,
     /// Sites, those with the most live tasks first.
     pub sites: Vec<SiteReport>,
 }
@@ -169,7 +182,9 @@ pub struct FlowTotals {
     pub spawned: u64,
     /// Tasks that ended since then.
     pub exited: u64,
-    /// Both a second, over the last interval.
+    /// Times that tasks ran, where the probes count it.
+    pub runs: Option<Runs>,
+    /// Spawns and exits a second, over the last interval.
     pub rates: Rates,
     /// Hits that could not be counted, by reason.
     pub dropped: BTreeMap<&'static str, u64>,
@@ -201,27 +216,23 @@ pub struct SiteReport {
     pub verdict: Option<Verdict>,
 }
 
-impl Report {
-    /// The report of an interval; `history` takes the interval in.
-    pub fn new(
-        when: When,
-        process: Process,
-        threads: u64,
-        observation: Observation<'_>,
-        history: &mut History,
-    ) -> Report {
+impl Tasks {
+    /// The tasks of an interval; `history` takes the interval in, `elapsed`
+    /// after the watch began.
+    pub fn new(elapsed: Duration, observation: Observation<'_>, history: &mut History) -> Tasks {
         let population = observation.population;
-        let sites = merge(population, observation.probed.map(|probed| probed.flow));
-        history.observe(when.elapsed, &sites);
+        let flow = observation.probed.map(|probed| probed.flow);
+        let sites = merge(population, flow, observation.classify);
+        history.observe(elapsed, &sites);
         let flow = observation.probed.map(|probed| {
-            let (mut spawned, mut exited) = (0, 0);
+            let mut totals = SiteFlow::default();
             for (_, counts) in &probed.flow.sites {
-                spawned += counts.spawned;
-                exited += counts.exited;
+                totals.add(*counts);
             }
             FlowTotals {
-                spawned,
-                exited,
+                spawned: totals.spawned,
+                exited: totals.exited,
+                runs: totals.runs,
                 rates: probed.rates,
                 dropped: probed.flow.dropped.clone(),
                 reconciliation: probed.reconciliation,
@@ -229,42 +240,38 @@ impl Report {
                 coverage: probed.coverage,
             }
         });
-        Report {
-            when,
-            process,
-            threads,
-            tasks: Ok(Tasks {
-                runtime: observation.runtime.clone(),
-                tier: observation.tier,
-                tier_reason: observation.tier_reason.clone(),
-                count: population.count,
-                system: population.system,
-                unstable: population.unstable,
-                untold: population.untold,
-                states: population.states.clone(),
-                census_took: population.took,
-                flow,
-                judged: history.can_judge(),
-                untracked_waits: history.untracked(),
-                sites: sites
-                    .into_iter()
-                    .map(|state| SiteReport {
-                        per_minute: history.per_minute(&state),
-                        verdict: history.judge(&state),
-                        state,
-                    })
-                    .collect(),
-            }),
+        Tasks {
+            tier: observation.tier,
+            tier_reason: observation.tier_reason.clone(),
+            count: population.count,
+            system: population.system,
+            unstable: population.unstable,
+            untold: population.untold,
+            states: population.states.clone(),
+            census_took: population.took,
+            flow,
+            judged: history.can_judge(),
+            untracked_waits: history.untracked(),
+            cycles: population.cycles.clone(),
+            warnings: population.warnings.clone(),
+            sites: sites
+                .into_iter()
+                .map(|state| SiteReport {
+                    per_minute: history.per_minute(&state),
+                    verdict: history.judge(&state),
+                    state,
+                })
+                .collect(),
         }
     }
 
-    /// The report on a process whose tasks cannot be read.
-    pub fn refused(when: When, process: Process, threads: u64, reason: String) -> Report {
-        Report {
-            when,
-            process,
-            threads,
-            tasks: Err(reason),
-        }
+    /// Sites that look like a leak.
+    pub fn suspects(&self) -> impl Iterator<Item = &SiteReport> {
+        self.sites.iter().filter(|site| site.verdict.is_some())
+    }
+
+    /// Whether there is anything that a person should look at.
+    pub fn is_suspicious(&self) -> bool {
+        !self.cycles.is_empty() || !self.warnings.is_empty() || self.suspects().next().is_some()
     }
 }

@@ -6,6 +6,9 @@ use std::time::Duration;
 
 use crate::task::{Age, Frame, Group, Population, Site, SiteId, SiteKey, Stack, StackId, State};
 
+/// The waits of these populations are Go's.
+pub(crate) use crate::runtime::go::waits::kind as wait_kind;
+
 /// A frame in `/src/app/main.go`.
 pub(crate) fn frame(function: &str, line: u32) -> Frame {
     frame_in(function, "/src/app/main.go", line)

@@ -2,12 +2,13 @@
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use super::text::{FileNames, function, shorten, width};
-use super::{FlowTotals, Report, SiteReport, Tasks, TierReason};
+use super::{FlowTotals, Report, Runtime, RuntimeReport, SiteReport, Tasks, TierReason};
 use crate::leak::VerdictKind;
 use crate::task::human::{change, count, duration, safe};
-use crate::task::{Frame, State};
+use crate::task::{Cycle, Frame, State};
 
 /// How to draw a report.
 #[derive(Clone, Copy, Debug)]
@@ -18,6 +19,9 @@ pub struct Options {
     pub colour: bool,
     /// Sites to show, besides suspects, which are shown in any case.
     pub top: usize,
+    /// Show the threads of a process that has tasks of another runtime as fully
+    /// as these.
+    pub all_runtimes: bool,
 }
 
 impl Default for Options {
@@ -26,6 +30,7 @@ impl Default for Options {
             width: 80,
             colour: false,
             top: 10,
+            all_runtimes: false,
         }
     }
 }
@@ -184,14 +189,39 @@ pub fn render(report: &Report, options: &Options) -> String {
         colour: options.colour,
     };
     title(&mut canvas, report);
-    match &report.tasks {
-        Ok(tasks) => {
-            head(&mut canvas, tasks);
-            sites(&mut canvas, tasks, options.top);
+    let mut others = false;
+    let mut drawn = false;
+    for RuntimeReport { runtime, tasks } in &report.runtimes {
+        match tasks {
+            Err(reason) => {
+                let text = format!("not read: {}", safe(reason));
+                canvas.row(runtime.tasks, &[text]);
+            }
+            // What a runtime's own threads do is seldom of interest.
+            Ok(tasks) if others && runtime.name == "threads" && !options.all_runtimes => {
+                if tasks.is_suspicious() {
+                    section(&mut canvas, runtime, tasks, options.top, drawn);
+                } else {
+                    canvas.row(runtime.tasks, &states(tasks));
+                }
+            }
+            Ok(tasks) => {
+                section(&mut canvas, runtime, tasks, options.top, drawn);
+                others = true;
+                drawn = true;
+            }
         }
-        Err(reason) => canvas.row("not read", &[safe(reason).into_owned()]),
     }
     canvas.out
+}
+
+/// One runtime: a head and a table of sites.
+fn section(canvas: &mut Canvas, runtime: &Runtime, tasks: &Tasks, top: usize, further: bool) {
+    if further {
+        canvas.line("");
+    }
+    head(canvas, runtime, tasks);
+    sites(canvas, tasks, top);
 }
 
 fn title(canvas: &mut Canvas, report: &Report) {
@@ -200,8 +230,10 @@ fn title(canvas: &mut Canvas, report: &Report) {
     let name = name.to_string_lossy();
     let name = safe(&name);
     let mut rest = format!("  pid {}", process.pid);
-    if let Ok(tasks) = &report.tasks {
-        let _ = write!(rest, "  {}", safe(&tasks.runtime.version));
+    for RuntimeReport { runtime, tasks } in &report.runtimes {
+        if tasks.is_ok() && !runtime.version.is_empty() {
+            let _ = write!(rest, "  {}", safe(&runtime.version));
+        }
     }
     let _ = write!(
         rest,
@@ -236,8 +268,8 @@ fn cut(text: &str, max: usize) -> String {
         .collect()
 }
 
-fn whole_seconds(time: std::time::Duration) -> std::time::Duration {
-    std::time::Duration::from_secs(time.as_secs())
+fn whole_seconds(time: Duration) -> Duration {
+    Duration::from_secs(time.as_secs())
 }
 
 fn percent(percent: f64) -> String {
@@ -258,7 +290,27 @@ fn rate(rate: f64) -> String {
     }
 }
 
-fn head(canvas: &mut Canvas, tasks: &Tasks) {
+/// The live tasks, in all and by state.
+fn states(tasks: &Tasks) -> Vec<String> {
+    let mut states = vec![count(tasks.count)];
+    let mut by_count: Vec<(State, u64)> = tasks.states.iter().map(|(s, n)| (*s, *n)).collect();
+    by_count.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(&b.0)));
+    for (state, number) in by_count {
+        states.push(format!("{} {}", count(number), state.name()));
+    }
+    if tasks.system > 0 {
+        states.push(format!(
+            "(and {} of the runtime's own)",
+            count(tasks.system)
+        ));
+    }
+    if tasks.unstable > 0 {
+        states.push(format!("({} changed while read)", count(tasks.unstable)));
+    }
+    states
+}
+
+fn head(canvas: &mut Canvas, runtime: &Runtime, tasks: &Tasks) {
     let mut tier = vec![tasks.tier.name().to_owned()];
     match &tasks.flow {
         Some(flow) => {
@@ -299,22 +351,7 @@ fn head(canvas: &mut Canvas, tasks: &Tasks) {
     }
     canvas.row("tier", &tier);
 
-    let mut states = vec![count(tasks.count)];
-    let mut by_count: Vec<(State, u64)> = tasks.states.iter().map(|(s, n)| (*s, *n)).collect();
-    by_count.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(&b.0)));
-    for (state, number) in by_count {
-        states.push(format!("{} {}", count(number), state.name()));
-    }
-    if tasks.system > 0 {
-        states.push(format!(
-            "(and {} of the runtime's own)",
-            count(tasks.system)
-        ));
-    }
-    if tasks.unstable > 0 {
-        states.push(format!("({} changed while read)", count(tasks.unstable)));
-    }
-    canvas.row(tasks.runtime.tasks, &states);
+    canvas.row(runtime.tasks, &states(tasks));
 
     if let Some(flow) = &tasks.flow {
         flow_rows(canvas, flow);
@@ -334,15 +371,17 @@ fn head(canvas: &mut Canvas, tasks: &Tasks) {
             &[format!(
                 "places of {} {}: too many different stacks",
                 count(tasks.untold),
-                tasks.runtime.tasks
+                runtime.tasks
             )],
         );
     }
-    let suspects = tasks
-        .sites
-        .iter()
-        .filter(|site| site.verdict.is_some())
-        .count() as u64;
+    for cycle in &tasks.cycles {
+        deadlock(canvas, runtime, cycle);
+    }
+    for warning in &tasks.warnings {
+        canvas.row("warning", &[safe(warning).into_owned()]);
+    }
+    let suspects = tasks.suspects().count() as u64;
     if suspects > 0 {
         let text = format!(
             "{} of {} sites {} like a leak",
@@ -358,6 +397,50 @@ fn head(canvas: &mut Canvas, tasks: &Tasks) {
             false => format!("not judged yet: the {sites} sites have been seen only once"),
         };
         canvas.row("suspects", &[text]);
+    }
+}
+
+/// Who waits for whom.
+fn deadlock(canvas: &mut Canvas, runtime: &Runtime, cycle: &Cycle) {
+    let members = &cycle.members;
+    let mut parts = vec![format!(
+        "{} {} wait for each other{}",
+        count(members.len() as u64),
+        runtime.tasks,
+        match &cycle.doubt {
+            Some(doubt) => format!(" (not proven: {})", safe(doubt)),
+            None => String::new(),
+        }
+    )];
+    for (i, member) in members.iter().enumerate() {
+        let holder = members[(i + 1) % members.len()].task;
+        let name = member.name.as_deref().map(safe).unwrap_or_default();
+        let at = match &member.place {
+            Some(frame) => format!(
+                " in {} at {}",
+                function(&frame.function),
+                super::text::file_line(frame)
+            ),
+            None => String::new(),
+        };
+        let name = match name.is_empty() {
+            true => String::new(),
+            false => format!(" ({name})"),
+        };
+        let hold = match cycle.doubt {
+            Some(_) => "it seems that",
+            None => "which",
+        };
+        parts.push(format!(
+            "{}{name} waits{at} for lock {:#x}, {hold} {holder} holds",
+            member.task, member.lock
+        ));
+    }
+    for (i, part) in parts.iter().enumerate() {
+        canvas.row(
+            if i == 0 { "deadlock" } else { "" },
+            std::slice::from_ref(part),
+        );
     }
 }
 
@@ -503,15 +586,32 @@ fn draw(canvas: &mut Canvas, site: &SiteReport, files: &FileNames<'_>, all_waits
     };
     canvas.line(&row);
 
-    match &state.site.created_by {
-        Some(frame) => canvas.place("spawn", "", frame, &files.place(frame)),
-        None => canvas.words("spawn", Style::Label, "(the program's first)"),
-    }
     let place = wait.and_then(|wait| wait.place.as_ref());
-    match (place, &state.site.entry) {
-        (Some(frame), _) => canvas.place("wait", "", frame, &files.place(frame)),
+    match (&state.site.created_by, &state.site.entry) {
+        (Some(frame), _) => canvas.place("spawn", "", frame, &files.place(frame)),
+        // Nobody saw who spawned it: what it runs is the best name.
         (None, Some(frame)) => canvas.place("runs", "", frame, &files.place(frame)),
         (None, None) => {}
+    }
+    match (place, &state.site.created_by, &state.site.entry) {
+        (Some(frame), ..) => canvas.place("wait", "", frame, &files.place(frame)),
+        (None, Some(_), Some(frame)) => canvas.place("runs", "", frame, &files.place(frame)),
+        _ => {}
+    }
+    if let Some(doubt) = &state.site.doubt {
+        canvas.words("", Style::Label, &safe(doubt));
+    }
+    if let Some(runs) = &state.runs {
+        let mean = Duration::from_nanos(runs.busy_ns / runs.count.max(1));
+        let text = format!(
+            "{} times, {} each, the longest {}",
+            count(runs.count),
+            duration(mean),
+            duration(Duration::from_nanos(runs.longest_ns))
+        );
+        if runs.count > 0 {
+            canvas.words("ran", Style::Label, &text);
+        }
     }
     if state.live == 0 && (state.spawned, state.exited) != (None, None) {
         let text = format!(

@@ -76,6 +76,15 @@ fn last_parts(path: &str, parts: usize) -> &str {
     }
 }
 
+/// `file.go:17`; the file alone where the line is not known.
+pub(super) fn file_line(frame: &Frame) -> String {
+    let file = safe(last_parts(&frame.file, 2));
+    match frame.line {
+        0 => file.into_owned(),
+        line => format!("{file}:{line}"),
+    }
+}
+
 impl<'a> FileNames<'a> {
     /// The names of all files of a report.
     pub(super) fn new(files: impl Iterator<Item = &'a str>) -> FileNames<'a> {
@@ -105,7 +114,10 @@ impl<'a> FileNames<'a> {
     pub(super) fn place(&self, frame: &'a Frame) -> String {
         let parts = self.parts.get(&*frame.file).copied().unwrap_or(2);
         let file = safe(last_parts(&frame.file, parts));
-        format!("{file}:{}", frame.line)
+        match frame.line {
+            0 => file.into_owned(),
+            line => format!("{file}:{line}"),
+        }
     }
 }
 

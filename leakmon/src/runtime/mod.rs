@@ -6,7 +6,7 @@ pub mod go;
 use crate::probe::{Counts, Plan};
 use crate::process::identity::Process;
 use crate::process::memory::MemoryError;
-use crate::task::{Dump, Flow, Population, SiteFlow, Tier};
+use crate::task::{Classify, Dump, Flow, Population, SiteFlow, Tier};
 
 /// The runtimes that leakmon knows, in the order in which reports show them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -123,6 +123,9 @@ pub trait Tasks: Send {
     /// # Errors
     /// [`Refusal::Unreadable`] when nothing can; the census goes on without.
     fn probes(&self) -> Result<Probes, Refusal>;
+
+    /// What its wait reasons let one conclude.
+    fn classify(&self) -> Classify;
 
     /// Puts names to what the probes counted of the program's own tasks.
     fn flow(&mut self, counts: &Counts) -> Flow;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{
-    Flow, Frame, Histogram, Population, Rates, Reconciliation, Site, SiteFlow, SiteKey, Stack,
-    State,
+    Flow, Frame, Histogram, Population, Rates, Reconciliation, Runs, Site, SiteFlow, SiteKey,
+    Stack, State, WaitKind,
 };
 
 /// Names a site by what the source says (creator's function and line, and the
@@ -65,6 +65,8 @@ impl fmt::Debug for SiteHash {
 pub struct WaitState {
     /// Why they wait, in the runtime's words (`chan send`).
     pub reason: Arc<str>,
+    /// What that lets one conclude.
+    pub kind: WaitKind,
     /// Where a person would say that they wait.
     pub place: Option<Frame>,
     /// How many wait now.
@@ -106,6 +108,8 @@ pub struct SiteState {
     pub spawned: Option<u64>,
     /// Tasks that ended since then.
     pub exited: Option<u64>,
+    /// Times that they ran since then; `None` where no probe counts it.
+    pub runs: Option<Runs>,
     /// What they wait for, the most tasks first.
     pub waits: Vec<WaitState>,
 }
@@ -131,6 +135,9 @@ struct Building {
     waits: HashMap<WaitKey, WaitState>,
 }
 
+/// What a wait's reason lets one conclude, by the runtime whose word it is.
+pub type Classify = fn(&str) -> WaitKind;
+
 impl Building {
     fn new(id: SiteHash, site: &Site) -> Building {
         Building {
@@ -144,13 +151,19 @@ impl Building {
                 oldest: None,
                 spawned: None,
                 exited: None,
+                runs: None,
                 waits: Vec::new(),
             },
             waits: HashMap::new(),
         }
     }
 
-    fn wait(&mut self, reason: &Arc<str>, stack: Option<&Stack>) -> &mut WaitState {
+    fn wait(
+        &mut self,
+        reason: &Arc<str>,
+        stack: Option<&Stack>,
+        classify: Classify,
+    ) -> &mut WaitState {
         let place = stack.and_then(Stack::place);
         let key = (
             reason.clone(),
@@ -158,6 +171,7 @@ impl Building {
         );
         self.waits.entry(key).or_insert_with(|| WaitState {
             reason: reason.clone(),
+            kind: classify(reason),
             place: place.cloned(),
             count: 0,
             not_run: 0,
@@ -172,7 +186,7 @@ impl Building {
 
 /// Merges a census and, where probes are attached, what they counted, by site.
 /// The sites with most live tasks come first.
-pub fn merge(population: &Population, flow: Option<&Flow>) -> Vec<SiteState> {
+pub fn merge(population: &Population, flow: Option<&Flow>, classify: Classify) -> Vec<SiteState> {
     let mut sites: HashMap<SiteHash, Building> = HashMap::new();
     let mut by_key: HashMap<SiteKey, SiteHash> = HashMap::new();
     let hashes: Vec<SiteHash> = population.sites.iter().map(SiteHash::of).collect();
@@ -198,7 +212,7 @@ pub fn merge(population: &Population, flow: Option<&Flow>) -> Vec<SiteState> {
         let stack = group
             .stack
             .and_then(|id| population.stacks.get(id.0 as usize));
-        let wait = building.wait(group.reason.as_ref().unwrap_or(&unnamed), stack);
+        let wait = building.wait(group.reason.as_ref().unwrap_or(&unnamed), stack, classify);
         wait.count += group.count;
         wait.not_run += group.not_run;
         if group.state == State::Leaked {
@@ -220,6 +234,9 @@ pub fn merge(population: &Population, flow: Option<&Flow>) -> Vec<SiteState> {
                 .state;
             state.spawned = Some(state.spawned.unwrap_or(0) + counts.spawned);
             state.exited = Some(state.exited.unwrap_or(0) + counts.exited);
+            if let Some(runs) = counts.runs {
+                state.runs.get_or_insert_default().add(runs);
+            }
         }
         for building in sites.values_mut() {
             building.state.spawned.get_or_insert(0);
@@ -230,7 +247,7 @@ pub fn merge(population: &Population, flow: Option<&Flow>) -> Vec<SiteState> {
             let Some(building) = by_key.get(&waits.site).and_then(|id| sites.get_mut(id)) else {
                 continue;
             };
-            let wait = building.wait(&waits.reason, Some(&waits.stack));
+            let wait = building.wait(&waits.reason, Some(&waits.stack), classify);
             wait.resumes = Some(wait.resumes.unwrap_or(0) + waits.resumes);
             wait.durations.get_or_insert_default().add(&waits.durations);
         }
@@ -341,7 +358,7 @@ pub fn reconcile(base: &Checkpoint, now: &Checkpoint) -> Reconciliation {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::sample;
+    use crate::report::sample::{self, wait_kind};
     use crate::task::{SiteFlow, WaitFlow};
 
     #[test]
@@ -389,7 +406,7 @@ mod tests {
             }],
             ..Flow::default()
         };
-        let sites = merge(&population, Some(&flow));
+        let sites = merge(&population, Some(&flow), wait_kind);
         assert_eq!(sites.len(), 1);
         let site = &sites[0];
         assert_eq!((site.live, site.blocked, site.not_run), (9, 9, 6));
@@ -399,7 +416,7 @@ mod tests {
         assert_eq!(site.waits[0].resumes, Some(5));
         assert_eq!(site.waits[1].resumes, None);
         assert_eq!(site.durations().unwrap().count(), 5);
-        assert!(merge(&population, None)[0].spawned.is_none());
+        assert!(merge(&population, None, wait_kind)[0].spawned.is_none());
     }
 
     #[test]
@@ -411,7 +428,7 @@ mod tests {
             census.group(&site, "chan send", place, 17, 2, 0).sample = id;
             census.aged(seconds);
         }
-        let sites = merge(&census.done(), None);
+        let sites = merge(&census.done(), None, wait_kind);
         let wait = &sites[0].waits[0];
         assert_eq!((wait.count, wait.sample), (6, Some(8)));
         assert_eq!(wait.oldest, Some(Duration::from_secs(90)));

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use merge::{Checkpoint, SiteHash, SiteState, WaitState, merge, rates, reconcile};
+pub use merge::{Checkpoint, Classify, SiteHash, SiteState, WaitState, merge, rates, reconcile};
 
 pub use leakmon_common::{HISTOGRAM_BUCKETS, SiteKey};
 
@@ -131,6 +131,30 @@ impl State {
 pub struct Age {
     /// It has been blocked at least this long.
     pub at_least: Duration,
+}
+
+/// What a wait's reason lets one conclude about leaks. The runtime says it: only
+/// it knows what its words mean.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WaitKind {
+    /// How it is judged.
+    pub class: WaitClass,
+    /// What did not happen, that would have let the tasks run: `nobody received`.
+    pub missing: Option<&'static str>,
+}
+
+/// How a wait is judged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WaitClass {
+    /// Waiting for ever is never meant: a channel send, a nil channel.
+    Hanging,
+    /// A lock: waiting long is never meant.
+    Lock,
+    /// Waiting for ever is a way to be idle: receive, select, wait groups.
+    Idle,
+    /// It says nothing about leaks: `IO wait`, `sleep`.
+    #[default]
+    Silent,
 }
 
 /// Index into [`Population::stacks`].
@@ -323,6 +347,17 @@ pub struct SiteFlow {
     pub runs: Option<Runs>,
 }
 
+impl SiteFlow {
+    /// Adds what was counted elsewhere.
+    pub fn add(&mut self, other: SiteFlow) {
+        self.spawned += other.spawned;
+        self.exited += other.exited;
+        if let Some(runs) = other.runs {
+            self.runs.get_or_insert_default().add(runs);
+        }
+    }
+}
+
 /// Times that tasks ran from one wait to the next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Runs {
@@ -332,6 +367,15 @@ pub struct Runs {
     pub busy_ns: u64,
     /// The longest one, in nanoseconds.
     pub longest_ns: u64,
+}
+
+impl Runs {
+    /// Adds what was counted elsewhere.
+    pub fn add(&mut self, other: Runs) {
+        self.count += other.count;
+        self.busy_ns += other.busy_ns;
+        self.longest_ns = self.longest_ns.max(other.longest_ns);
+    }
 }
 
 /// What the probes counted of one kind of wait since they were attached.
@@ -441,18 +485,4 @@ pub struct Reconciliation {
     /// The census reads a running target over some time; a difference up to
     /// this many tasks (spawned and exited meanwhile) proves nothing.
     pub uncertainty: u64,
-}
-
-impl SiteFlow {
-    /// Adds what was counted elsewhere.
-    pub fn add(&mut self, other: SiteFlow) {
-        self.spawned += other.spawned;
-        self.exited += other.exited;
-        if let Some(other) = other.runs {
-            let runs = self.runs.get_or_insert_default();
-            runs.count += other.count;
-            runs.busy_ns += other.busy_ns;
-            runs.longest_ns = runs.longest_ns.max(other.longest_ns);
-        }
-    }
 }

@@ -275,8 +275,6 @@ impl Done {
     /// The objects of `--format json`, one a line.
     #[track_caller]
     pub(crate) fn json(&self) -> Vec<Value> {
-        let parse =
-            |line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
         self.out.lines().map(parse).collect()
     }
 }
@@ -487,4 +485,16 @@ pub(crate) fn goroutines(dump: &str) -> Vec<String> {
         kept
     };
     dump.split("\n\n").map(without_arguments).collect()
+}
+
+/// A line of `--format json`. What is said of the process's first runtime, the
+/// goroutines of a Go program, stands beside what is said of the process.
+#[track_caller]
+pub(crate) fn parse(line: &str) -> Value {
+    let mut object: Value =
+        serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+    if let Some(Value::Object(first)) = object["runtimes"].get(0).cloned() {
+        object.as_object_mut().expect("an object").extend(first);
+    }
+    object
 }

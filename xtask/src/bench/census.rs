@@ -159,7 +159,7 @@ fn censuses(
         .capture()?;
     for (n, line) in reports.lines().enumerate() {
         let report: serde_json::Value = serde_json::from_str(line)?;
-        let took = report["tasks"]["census_seconds"].as_f64();
+        let took = report["runtimes"][0]["tasks"]["census_seconds"].as_f64();
         let sample = if n == 0 { &mut *first } else { &mut *next };
         sample.add(took.context("a report says no time of its census")?);
     }

@@ -8,7 +8,7 @@ use crate::task::human::safe;
 use crate::task::{Dump, Frame};
 
 pub(super) fn write(dump: &Dump, out: &mut dyn io::Write) -> io::Result<()> {
-    writeln!(out, "goroutine profile: total {}", dump.tasks.len())?;
+    writeln!(out, "{} profile: total {}", dump.noun, dump.tasks.len())?;
     for alike in alike(dump) {
         writeln!(out, "{} {}", alike.count, alike.key)?;
         let lines: Vec<[String; 3]> = visible(&alike.frames[..alike.recorded]).map(line).collect();

@@ -1,4 +1,5 @@
-//! `pprof.Lookup("goroutine").WriteTo(w, 2)`, from Go's runtime/traceback.go.
+//! `pprof.Lookup("goroutine").WriteTo(w, 2)`, from Go's runtime/traceback.go;
+//! tasks of other runtimes in the same form.
 
 use std::io;
 
@@ -19,14 +20,15 @@ pub(super) fn write(dump: &Dump, out: &mut dyn io::Write) -> io::Result<()> {
         if i > 0 {
             out.write_all(b"\n")?;
         }
-        header(task, out)?;
+        header(dump.noun, task, out)?;
         let stack = frames(dump, task.stack);
         if stack.is_empty() {
-            out.write_all(if task.state == State::Running {
-                b"\tgoroutine running on other thread; stack unavailable\n"
+            if task.state == State::Running {
+                let noun = dump.noun;
+                writeln!(out, "\t{noun} running on other thread; stack unavailable")?;
             } else {
-                b"\tstack unavailable\n"
-            })?;
+                out.write_all(b"\tstack unavailable\n")?;
+            }
         } else if both_ends {
             ends(stack, out)?;
         } else {
@@ -37,20 +39,24 @@ pub(super) fn write(dump: &Dump, out: &mut dyn io::Write) -> io::Result<()> {
             && !creator.hidden
             && task.id != 1
         {
-            created_by(creator, task.parent, out)?;
+            created_by(creator, dump.noun, task.parent, out)?;
         }
     }
     Ok(())
 }
 
-fn header(task: &Task, out: &mut dyn io::Write) -> io::Result<()> {
-    let waits = matches!(task.state, State::Waiting | State::Leaked);
+fn header(noun: &str, task: &Task, out: &mut dyn io::Write) -> io::Result<()> {
+    let waits = task.state.is_blocked();
     let reason = task
         .reason
         .as_deref()
         .filter(|reason| waits && !reason.is_empty());
     let status = safe(reason.unwrap_or(task.state.name()));
-    write!(out, "goroutine {} [{status}", task.id)?;
+    write!(out, "{noun} {} ", task.id)?;
+    if let Some(name) = &task.name {
+        write!(out, "{:?} ", safe(name))?;
+    }
+    write!(out, "[{status}")?;
     if task.state == State::Leaked {
         out.write_all(b" (leaked)")?;
     }
@@ -62,6 +68,9 @@ fn header(task: &Task, out: &mut dyn io::Write) -> io::Result<()> {
         if minutes >= 1 {
             write!(out, ", {minutes} minutes")?;
         }
+    }
+    if let Some(on) = &task.on {
+        write!(out, ", {}", safe(on))?;
     }
     if task.locked_to_thread {
         out.write_all(b", locked to thread")?;
@@ -112,10 +121,15 @@ fn call(frame: &Frame, out: &mut dyn io::Write) -> io::Result<()> {
     out.write_all(b"\n")
 }
 
-fn created_by(creator: &Frame, parent: Option<u64>, out: &mut dyn io::Write) -> io::Result<()> {
+fn created_by(
+    creator: &Frame,
+    noun: &str,
+    parent: Option<u64>,
+    out: &mut dyn io::Write,
+) -> io::Result<()> {
     write!(out, "created by {}", name(creator))?;
     if let Some(parent) = parent.filter(|parent| *parent != 0) {
-        write!(out, " in goroutine {parent}")?;
+        write!(out, " in {noun} {parent}")?;
     }
     write!(out, "\n\t{}:{}", safe(&creator.file), creator.line)?;
     if creator.offset > 0 {

@@ -11,10 +11,7 @@ pub(super) fn write(dump: &Dump, out: &mut dyn io::Write) -> io::Result<()> {
     type Key<'a> = (SiteId, Option<StackId>, State, Option<&'a str>);
     let mut by_id: HashMap<Key<'_>, u64> = HashMap::new();
     for task in &dump.tasks {
-        let reason = match task.state {
-            State::Waiting | State::Leaked => task.reason.as_deref(),
-            _ => None,
-        };
+        let reason = task.reason.as_deref().filter(|_| task.state.is_blocked());
         *by_id
             .entry((task.site, task.stack, task.state, reason))
             .or_default() += 1;

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::super::json::{FrameJson, SCHEMA_VERSION, line};
 use super::frames;
-use crate::task::{Dump, Frame, State};
+use crate::task::{Dump, Frame};
 
 #[derive(Serialize)]
 struct TaskJson<'a> {
@@ -17,6 +17,8 @@ struct TaskJson<'a> {
     parent_id: Option<u64>,
     state: &'static str,
     reason: Option<&'a str>,
+    on: Option<&'a str>,
+    name: Option<&'a str>,
     scan: bool,
     waited_seconds: Option<f64>,
     locked_to_thread: bool,
@@ -49,13 +51,15 @@ impl<'a> CallJson<'a> {
 pub(super) fn write(dump: &Dump, out: &mut dyn io::Write) -> io::Result<()> {
     for task in &dump.tasks {
         let site = dump.sites.get(task.site.0 as usize);
-        let waits = matches!(task.state, State::Waiting | State::Leaked);
+        let waits = task.state.is_blocked();
         let object = TaskJson {
             schema_version: SCHEMA_VERSION,
             id: task.id,
             parent_id: task.parent,
             state: task.state.name(),
             reason: task.reason.as_deref().filter(|_| waits),
+            on: task.on.as_deref(),
+            name: task.name.as_deref(),
             scan: task.scan,
             waited_seconds: task.waited.map(|waited| waited.as_secs_f64()),
             locked_to_thread: task.locked_to_thread,

@@ -2,7 +2,7 @@ use std::time::{Duration, SystemTime};
 
 use super::*;
 use crate::leak::History;
-use crate::report::sample::{Census, frame_in, site};
+use crate::report::sample::{Census, frame_in, site, wait_kind};
 use crate::report::{Observation, Probed, Process, Runtime, When};
 use crate::task::{
     Coverage, Flow, Histogram, Overhead, Population, Rates, Reconciliation, Site, SiteFlow,
@@ -122,12 +122,10 @@ pub(crate) fn leaking() -> Report {
             }],
             ..Flow::default()
         };
-        last = Some(Report::new(
-            when(i * 2),
-            process(),
-            14,
+        last = Some(Tasks::new(
+            when(i * 2).elapsed,
             Observation {
-                runtime: &runtime,
+                classify: wait_kind,
                 tier: Tier::Blocking,
                 tier_reason: &TierReason::Governed,
                 population: &population,
@@ -161,17 +159,38 @@ pub(crate) fn leaking() -> Report {
             &mut history,
         ));
     }
-    last.unwrap()
+    Report {
+        when: when(130),
+        process: process(),
+        threads: 14,
+        runtimes: vec![RuntimeReport {
+            runtime,
+            tasks: Ok(last.unwrap()),
+        }],
+    }
+}
+
+/// The tasks of a report's first runtime.
+fn tasks_of(report: &mut Report) -> &mut Tasks {
+    report.runtimes[0].tasks.as_mut().unwrap()
 }
 
 /// The report on a process that leakmon does not understand.
 pub(crate) fn refused() -> Report {
-    Report::refused(
-        when(4),
-        process(),
-        12,
-        "this Go binary was obfuscated (garble): function names cannot be trusted".to_owned(),
-    )
+    let why = "this Go binary was obfuscated (garble): function names cannot be trusted";
+    Report {
+        when: when(4),
+        process: process(),
+        threads: 12,
+        runtimes: vec![RuntimeReport {
+            runtime: Runtime {
+                name: "go",
+                tasks: "goroutines",
+                version: String::new(),
+            },
+            tasks: Err(why.to_owned()),
+        }],
+    }
 }
 
 /// A snapshot, its lines flush left.
@@ -217,8 +236,8 @@ fn a_refused_process() {
     let expected = r"
 |sumserver  pid 4242  12 threads  watched for 4s
 |command     sumserver --addr :8080
-|not read    this Go binary was obfuscated (garble): function names cannot be
-|            trusted
+|goroutines  not read: this Go binary was obfuscated (garble): function names
+|            cannot be trusted
 ";
     assert_eq!(render(&refused(), &Options::default()), snapshot(expected));
 }
@@ -236,7 +255,7 @@ fn head_rows(report: &Report, labels: &[&str]) -> Vec<String> {
 #[test]
 fn what_is_sampled_lost_or_contradictory_is_said() {
     let mut report = leaking();
-    let tasks = report.tasks.as_mut().unwrap();
+    let tasks = tasks_of(&mut report);
     let flow = tasks.flow.as_mut().unwrap();
     flow.overhead.attached = 0.25;
     (flow.coverage.spawns, flow.coverage.all_spawns) = (0.25, false);
@@ -267,10 +286,7 @@ fn durations_with_gaps_are_marked() {
         text.lines().filter(|line| line.contains('~')).count()
     };
     assert_eq!(marked(&report), 0);
-    report
-        .tasks
-        .as_mut()
-        .unwrap()
+    tasks_of(&mut report)
         .flow
         .as_mut()
         .unwrap()
@@ -282,7 +298,7 @@ fn durations_with_gaps_are_marked() {
 #[test]
 fn without_probes_it_costs_nothing() {
     let mut report = leaking();
-    let tasks = report.tasks.as_mut().unwrap();
+    let tasks = tasks_of(&mut report);
     tasks.flow = None;
     tasks.tier = Tier::Census;
     tasks.tier_reason = TierReason::Unavailable("CAP_BPF is missing".to_owned());
@@ -296,7 +312,8 @@ fn without_probes_it_costs_nothing() {
 fn nothing_is_wider_than_the_terminal() {
     let mut report = leaking();
     report.process.command.push("-x".repeat(300));
-    if let Ok(tasks) = &mut report.tasks {
+    {
+        let tasks = tasks_of(&mut report);
         tasks.tier_reason = TierReason::Unavailable("no-kernel".repeat(40));
         tasks.sites[0].state.waits[0].reason = "a reason ".repeat(20).into();
         if let Some(frame) = &mut tasks.sites[1].state.site.created_by {
@@ -352,8 +369,9 @@ fn a_hostile_name_cannot_act_on_the_terminal() {
     let evil = "main.\u{1b}]0;x\u{7}\r\u{9b}2J";
     report.process.executable = evil.into();
     report.process.command = vec![evil.to_owned()];
-    if let Ok(tasks) = &mut report.tasks {
-        tasks.runtime.version = evil.to_owned();
+    report.runtimes[0].runtime.version = evil.to_owned();
+    {
+        let tasks = tasks_of(&mut report);
         let site = &mut tasks.sites[0];
         site.state.waits[0].reason = evil.into();
         for frame in [

@@ -5,9 +5,9 @@
 //! reads its functions and lines, [`program`] puts these together for one
 //! executable. [`variables`] and [`places`] find by disassembly what no symbol
 //! leads to in a stripped program, and [`probes`] makes a plan of them.
-//! [`symbols`] turns program counters into
-//! source positions, [`stack`] unwinds, and [`census`] reads every goroutine of
-//! a process.
+//! [`symbols`] turns program counters into source positions, [`stack`] unwinds,
+//! [`census`] reads every goroutine of a process, and [`waits`] says what its
+//! wait reasons mean.
 
 pub mod buildinfo;
 pub mod census;
@@ -20,6 +20,7 @@ pub mod program;
 pub mod stack;
 pub mod symbols;
 pub mod variables;
+pub mod waits;
 
 use std::sync::Arc;
 
@@ -28,7 +29,7 @@ use crate::probe::Counts;
 use crate::process::identity::Process;
 use crate::process::memory::ProcessMemory;
 use crate::runtime::{self, Kind, Probes, Tasks};
-use crate::task::{Dump, Flow, Population, SiteFlow};
+use crate::task::{Classify, Dump, Flow, Population, SiteFlow};
 
 use census::{Census, Tables};
 use program::{Program, Refusal};
@@ -106,6 +107,10 @@ impl Tasks for Census<ProcessMemory> {
 
     fn probes(&self) -> Result<Probes, runtime::Refusal> {
         Ok(probes::find(self.program())?)
+    }
+
+    fn classify(&self) -> Classify {
+        waits::kind
     }
 
     fn flow(&mut self, counts: &Counts) -> Flow {

@@ -1,0 +1,126 @@
+//! Where reports are printed: a terminal that is redrawn, or a stream.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write};
+
+use crate::report::{Report, json, table};
+
+use super::{Colour, Format, WatchArgs};
+
+/// Where reports are printed.
+pub(super) struct Screen {
+    format: Format,
+    options: table::Options,
+    /// Redrawn in place, on the terminal's second screen.
+    live: bool,
+    entered: bool,
+    latest: BTreeMap<u32, Report>,
+    /// What ended, shown under the table and again at the end.
+    notes: Vec<String>,
+}
+
+impl Screen {
+    pub(super) fn new(args: &WatchArgs) -> Screen {
+        let terminal = io::stdout().is_terminal();
+        let colour = match args.color {
+            Colour::Always => true,
+            Colour::Never => false,
+            Colour::Auto => terminal && std::env::var_os("NO_COLOR").is_none(),
+        };
+        Screen {
+            format: args.format,
+            options: table::Options {
+                colour,
+                top: args.top,
+                all_runtimes: args.all_runtimes,
+                ..table::Options::default()
+            },
+            live: terminal && args.format == Format::Table && !args.once,
+            entered: false,
+            latest: BTreeMap::new(),
+            notes: Vec::new(),
+        }
+    }
+
+    pub(super) fn show(&mut self, report: Report) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        match self.format {
+            Format::Json => json::write(&report, Some(self.options.top), &mut out)?,
+            Format::Table if self.live => {
+                self.latest.insert(report.process.pid, report);
+                return self.redraw();
+            }
+            Format::Table => writeln!(out, "{}", table::render(&report, &self.options))?,
+        }
+        out.flush()
+    }
+
+    fn redraw(&mut self) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        let size = terminal_size::terminal_size();
+        let (width, height) = size.map_or((80, usize::MAX), |(w, h)| (w.0.into(), h.0.into()));
+        self.options.width = width;
+        // Each process has its share of the screen.
+        let share = (height.saturating_sub(self.notes.len()) / self.latest.len().max(1)).max(2);
+        let mut lines: Vec<String> = Vec::new();
+        for report in self.latest.values() {
+            let text = table::render(report, &self.options) + "\n";
+            let all: Vec<&str> = text.lines().collect();
+            if all.len() <= share {
+                lines.extend(all.iter().map(|line| (*line).to_owned()));
+            } else {
+                let shown = &all[..share - 1];
+                lines.extend(shown.iter().map(|line| (*line).to_owned()));
+                lines.push(format!("… {} more lines", all.len() - shown.len()));
+            }
+        }
+        lines.extend(self.notes.iter().cloned());
+        lines.truncate(height);
+        let mut frame = String::new();
+        if !self.entered {
+            // The second screen, without a cursor.
+            frame.push_str("\x1b[?1049h\x1b[?25l");
+            self.entered = true;
+        }
+        frame.push_str("\x1b[H");
+        for (i, line) in lines.iter().enumerate() {
+            let end = if i + 1 == height { "" } else { "\r\n" };
+            let _ = write!(frame, "{line}\x1b[K{end}");
+        }
+        frame.push_str("\x1b[J");
+        out.write_all(frame.as_bytes())?;
+        out.flush()
+    }
+
+    /// The process is no longer watched.
+    pub(super) fn forget(&mut self, pid: u32) {
+        if self.latest.len() > 1 {
+            self.latest.remove(&pid);
+        }
+    }
+
+    pub(super) fn note(&mut self, message: &str) {
+        if self.live {
+            self.notes.push(format!("leakmon: {message}"));
+        } else {
+            eprintln!("leakmon: {message}");
+        }
+    }
+
+    /// Leaves the second screen; the last reports stay to be read.
+    pub(super) fn finish(&mut self) {
+        if !self.entered {
+            return;
+        }
+        let mut out = io::stdout().lock();
+        let _ = write!(out, "\x1b[?25h\x1b[?1049l");
+        for report in self.latest.values() {
+            let _ = writeln!(out, "{}", table::render(report, &self.options));
+        }
+        for note in &self.notes {
+            let _ = writeln!(out, "{note}");
+        }
+        let _ = out.flush();
+    }
+}
