@@ -42,7 +42,7 @@ fn main() -> Result<()> {
 
 /// What leakmon would probe in a process that runs Go.
 fn plan(pid: u32) -> Result<Plan> {
-    let census = go::census(&Process::open(pid)?)?;
+    let census = go::census(&Process::open(pid)?, &go::Cache::default())?;
     Ok(probes::find(census.program())?.plan)
 }
 

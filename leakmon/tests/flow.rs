@@ -245,7 +245,7 @@ struct Instructions {
 impl Instructions {
     fn of(pid: u32) -> Instructions {
         let process = Process::open(pid).expect("a process");
-        let census = go::census(&process).expect("a Go program");
+        let census = go::census(&process, &go::Cache::default()).expect("a Go program");
         let program = census.program();
         let probes = probes::find(program).expect("probe places");
         let bias = process.load_bias(program.elf.entry);

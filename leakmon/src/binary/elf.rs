@@ -8,6 +8,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use object::elf::{
     EM_AARCH64, EM_X86_64, ET_DYN, ET_EXEC, FileHeader64, PF_W, PF_X, PT_LOAD, ProgramHeader64,
@@ -107,7 +108,7 @@ impl Arch {
 }
 
 /// Why a file is not an ELF executable that leakmon can read.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum ElfError {
     /// The file could not be read.
     #[error("reading {what}: {source}")]
@@ -115,7 +116,7 @@ pub enum ElfError {
         /// What was being read.
         what: &'static str,
         /// The cause.
-        source: io::Error,
+        source: Arc<io::Error>,
     },
     /// No ELF magic.
     #[error("not an ELF file")]
@@ -137,10 +138,20 @@ pub enum ElfError {
     Damaged(&'static str),
 }
 
+impl ElfError {
+    /// The file could not be read.
+    pub fn io(what: &'static str, source: io::Error) -> ElfError {
+        ElfError::Io {
+            what,
+            source: Arc::new(source),
+        }
+    }
+}
+
 fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> ElfError {
     move |source| match source.kind() {
         io::ErrorKind::UnexpectedEof => ElfError::Damaged("it ends before its headers do"),
-        _ => ElfError::Io { what, source },
+        _ => ElfError::io(what, source),
     }
 }
 
@@ -204,7 +215,7 @@ impl Elf {
                 io::ErrorKind::UnexpectedEof => ElfError::NotElf,
                 _ => ElfError::Io {
                     what: "the ELF header",
-                    source: e,
+                    source: Arc::new(e),
                 },
             })?;
         if ident[..4] != *b"\x7fELF" {

@@ -4,3 +4,4 @@
 pub mod addr;
 pub mod disasm;
 pub mod elf;
+pub mod shared;

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use crate::process::identity::Process;
 use crate::report::stacks::{self, Format, Origin};
-use crate::runtime::{self, Kind, Refusal, Tasks};
+use crate::runtime::{self, Cache, Kind, Refusal, Tasks};
 
 use super::{Exit, Failure, RuntimeArg, StacksArgs, StacksFormat, exit_of};
 
@@ -62,7 +62,7 @@ fn choose(
     wanted: Option<RuntimeArg>,
 ) -> Result<Result<Box<dyn Tasks>, Refusal>, Failure> {
     let wanted = wanted.map(RuntimeArg::kind);
-    let found = runtime::open(process)
+    let found = runtime::open(process, &Cache::default())
         .into_iter()
         .find(|found| wanted.is_none_or(|wanted| wanted == found.kind));
     match found {

@@ -16,7 +16,7 @@ use crate::probe::{self, Error, Tier};
 use crate::process::identity::Process;
 use crate::process::memory::MemoryError;
 use crate::report::Report;
-use crate::runtime::Refusal;
+use crate::runtime::{Cache, Refusal};
 use crate::watch::{KernelSlot, Options, Watch, WatchError};
 
 use super::screen::Screen;
@@ -85,6 +85,7 @@ async fn watch(args: WatchArgs, processes: Vec<Process>) -> Result<Exit, Failure
         });
     }
     let (events, mut reports) = tokio::sync::mpsc::unbounded_channel();
+    let cache = Arc::new(Cache::default());
     let mut stops = Vec::new();
     let mut watchers = Vec::new();
     for process in processes {
@@ -96,6 +97,7 @@ async fn watch(args: WatchArgs, processes: Vec<Process>) -> Result<Exit, Failure
             events: events.clone(),
             stopped,
             process,
+            cache: Arc::clone(&cache),
         };
         watchers.push(std::thread::spawn(move || watcher.run()));
     }
@@ -159,6 +161,7 @@ struct Watcher {
     /// Its other end is dropped when the watch is to end.
     stopped: mpsc::Receiver<()>,
     process: Process,
+    cache: Arc<Cache>,
 }
 
 impl Watcher {
@@ -181,6 +184,7 @@ impl Watcher {
             events,
             stopped,
             process,
+            cache,
         } = self;
         let options = Options {
             tier: args.tier.map(TierArg::tier),
@@ -188,7 +192,7 @@ impl Watcher {
             max_overhead: args.max_overhead,
             all_runtimes: args.all_runtimes,
         };
-        let mut watch = Watch::open(process, options, kernel)?;
+        let mut watch = Watch::open(process, options, kernel, &cache)?;
         let started = watch.started();
         // Whether it is over before the time has come, after the start.
         let wait = |until: Duration| {

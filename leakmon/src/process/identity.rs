@@ -50,6 +50,8 @@ pub struct Identity {
     pub pid: u32,
     /// Clock ticks from boot to its start: `/proc/PID/stat` field 22.
     pub start_time: u64,
+    /// The real user id, as leakmon's own user namespace has it.
+    pub uid: u32,
     /// What `/proc/PID/exe` points to; ends in ` (deleted)` when the file is.
     pub executable: PathBuf,
     /// The command line, one string an argument.
@@ -143,11 +145,13 @@ impl Process {
         }
         let path = std::fs::read_link(&link).map_err(on_io("reading /proc/PID/exe"))?;
         let executable = File::open(&link).map_err(on_io("opening its executable"))?;
+        let uid = process.status().map_err(failed)?.ruid;
         let entry = auxv_entry(witness.auxv(), AT_ENTRY).unwrap_or(0);
         Ok(Process {
             identity: Identity {
                 pid,
                 start_time: stat.starttime,
+                uid,
                 executable: path,
                 command_line: command_line(pid).unwrap_or_default(),
             },

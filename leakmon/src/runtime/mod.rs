@@ -145,14 +145,20 @@ pub struct Found {
     pub tasks: Result<Box<dyn Tasks>, Refusal>,
 }
 
+/// What was found in programs, shared by the processes that run them.
+#[derive(Debug, Default)]
+pub struct Cache {
+    go: go::Cache,
+}
+
 /// Opens every runtime of `process`, in the order of [`Kind::ALL`].
-pub fn open(process: &Process) -> Vec<Found> {
+pub fn open(process: &Process, cache: &Cache) -> Vec<Found> {
     let mut found = Vec::new();
     let mut add = |kind, opened: Option<Result<Box<dyn Tasks>, Refusal>>| {
         if let Some(tasks) = opened {
             found.push(Found { kind, tasks });
         }
     };
-    add(Kind::Go, go::open(process));
+    add(Kind::Go, go::open(process, &cache.go));
     found
 }

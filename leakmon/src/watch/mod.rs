@@ -11,7 +11,7 @@ use crate::probe::{self, Error, Kernel, Tier};
 use crate::process::identity::Process;
 use crate::process::memory::MemoryError;
 use crate::report::{self, Report, RuntimeReport, TierReason, When};
-use crate::runtime::{self, Found, Kind, Refusal, Tasks};
+use crate::runtime::{self, Cache, Found, Kind, Refusal, Tasks};
 
 use attachment::{Attachment, Wanted};
 
@@ -95,9 +95,14 @@ impl Watch {
     ///
     /// # Errors
     /// [`Refusal`], when not even its threads can be seen.
-    pub fn open(process: Process, options: Options, kernel: KernelSlot) -> Result<Watch, Refusal> {
+    pub fn open(
+        process: Process,
+        options: Options,
+        kernel: KernelSlot,
+        cache: &Cache,
+    ) -> Result<Watch, Refusal> {
         let mut runtimes = Vec::new();
-        for Found { kind, tasks } in runtime::open(&process) {
+        for Found { kind, tasks } in runtime::open(&process, cache) {
             let mut runtime = report::Runtime {
                 name: kind.name(),
                 tasks: kind.tasks(),

@@ -57,10 +57,7 @@ pub fn read<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Result<BuildInfo, ElfErr
         let len = section.size.min(SEARCH);
         let bytes = file
             .bytes_at(section.offset, len)
-            .map_err(|source| ElfError::Io {
-                what: ".go.buildinfo",
-                source,
-            })?;
+            .map_err(|source| ElfError::io(".go.buildinfo", source))?;
         return Ok(parse(&bytes));
     }
     let writable = elf.segments.iter().filter(|s| s.writable);

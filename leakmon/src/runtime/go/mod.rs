@@ -24,7 +24,8 @@ pub mod waits;
 
 use std::sync::Arc;
 
-use crate::binary::elf::Elf;
+use crate::binary::elf::{Elf, ElfError};
+use crate::binary::shared::Shared;
 use crate::probe::Counts;
 use crate::process::identity::Process;
 use crate::process::memory::ProcessMemory;
@@ -35,9 +36,41 @@ use census::{Census, Tables};
 use program::{Program, Refusal};
 use variables::Variables;
 
+/// What was found in Go programs, shared by the processes that run them.
+pub type Cache = Shared<Result<Analysis, Refusal>>;
+
+/// What one executable says, whatever process runs it.
+#[derive(Debug)]
+pub struct Analysis {
+    program: Arc<Program>,
+    variables: Variables,
+}
+
+impl Analysis {
+    fn of(process: &Process, memory: &ProcessMemory) -> Result<Analysis, Refusal> {
+        let file = process.executable.try_clone().map_err(unreadable)?;
+        let elf = Elf::parse(&file)?;
+        let bias = process.load_bias(elf.entry);
+        let program = Arc::new(Program::open(file, elf, bias, memory)?);
+        let variables = Variables::find(program.elf.arch, &*program)
+            .map_err(|refused| Refusal::Unproven(refused.to_string()))?;
+        if variables.atomicstatus != program.layout.g.atomicstatus as u64 {
+            return Err(Refusal::Unproven(format!(
+                "runtime.allgadd reads g.atomicstatus at {}, where {} should have it at {}",
+                variables.atomicstatus, program.version.text, program.layout.g.atomicstatus
+            )));
+        }
+        Ok(Analysis { program, variables })
+    }
+}
+
+fn unreadable(source: std::io::Error) -> Refusal {
+    Refusal::Elf(ElfError::io("its executable", source))
+}
+
 /// Opens the goroutines of `process`; `None` when it is not a Go program.
-pub fn open(process: &Process) -> Option<Result<Box<dyn Tasks>, runtime::Refusal>> {
-    match census(process) {
+pub fn open(process: &Process, cache: &Cache) -> Option<Result<Box<dyn Tasks>, runtime::Refusal>> {
+    match census(process, cache) {
         Ok(census) => Some(Ok(Box::new(census))),
         Err(Refusal::NotGo) => None,
         Err(refusal) => Some(Err(refusal.into())),
@@ -48,31 +81,26 @@ pub fn open(process: &Process) -> Option<Result<Box<dyn Tasks>, runtime::Refusal
 ///
 /// # Errors
 /// [`Refusal`] says why they cannot be read.
-pub fn census(process: &Process) -> Result<Census<ProcessMemory>, Refusal> {
-    let file = process.executable.try_clone().map_err(|source| {
-        Refusal::Elf(crate::binary::elf::ElfError::Io {
-            what: "its executable",
-            source,
-        })
-    })?;
-    let elf = Elf::parse(&file)?;
-    let bias = process.load_bias(elf.entry);
+pub fn census(process: &Process, cache: &Cache) -> Result<Census<ProcessMemory>, Refusal> {
     let memory = ProcessMemory::open(process)?;
-    let program = Arc::new(Program::open(file, elf, bias, &memory)?);
-    let variables = Variables::find(program.elf.arch, &*program)
-        .map_err(|refused| Refusal::Unproven(refused.to_string()))?;
-    if variables.atomicstatus != program.layout.g.atomicstatus as u64 {
-        return Err(Refusal::Unproven(format!(
-            "runtime.allgadd reads g.atomicstatus at {}, where {} should have it at {}",
-            variables.atomicstatus, program.version.text, program.layout.g.atomicstatus
-        )));
-    }
+    let found = cache
+        .get(&process.executable, process.identity.uid, || {
+            Analysis::of(process, &memory)
+        })
+        .map_err(unreadable)?;
+    let Analysis { program, variables } = match &*found {
+        Ok(analysis) => analysis,
+        // What was wrong with one process's memory says nothing of another's.
+        Err(Refusal::Memory(_)) => &Analysis::of(process, &memory)?,
+        Err(refusal) => return Err(refusal.clone()),
+    };
+    let bias = process.load_bias(program.elf.entry);
     let tables = Tables {
         allglen: bias.runtime(variables.allglen),
         allgptr: bias.runtime(variables.allgptr),
         clock_offset: process.identity.clock_offset_ns(),
     };
-    Ok(Census::new(memory, program, bias, tables))
+    Ok(Census::new(memory, Arc::clone(program), bias, tables))
 }
 
 impl From<Refusal> for runtime::Refusal {

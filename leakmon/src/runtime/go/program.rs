@@ -52,7 +52,7 @@ const MAX_PCLNTAB: u64 = 512 << 20;
 const MAX_WAIT_REASONS: usize = 128;
 
 /// Why a program's goroutines cannot be read. Its threads still can be.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum Refusal {
     /// Not Go.
     #[error("not a Go program")]
