@@ -3,6 +3,7 @@
 pub mod doctor;
 mod screen;
 pub mod stacks;
+pub mod system;
 pub mod watch;
 
 use std::io;
@@ -10,7 +11,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use globset::GlobMatcher;
 
+use crate::process::discovery;
 use crate::process::identity::ProcessError;
 use crate::process::memory::MemoryError;
 use crate::runtime::Refusal;
@@ -122,9 +125,20 @@ enum Command {
 /// What `leakmon --pid N` takes.
 #[derive(Clone, Debug, Args)]
 pub struct WatchArgs {
-    /// Process to watch; may be given several times.
-    #[arg(long = "pid", value_name = "PID", required = true)]
+    /// Process to watch; may be given several times. Without it, every process
+    /// of the machine is watched, by censuses alone.
+    #[arg(long = "pid", value_name = "PID")]
     pids: Vec<u32>,
+    /// Only processes of this name (of the executable, or the kernel's); `*`
+    /// and `?` match anything.
+    #[arg(long, value_name = "PATTERN", value_parser = discovery::pattern, conflicts_with = "pids")]
+    name: Option<GlobMatcher>,
+    /// Only processes of this user, a name or a number.
+    #[arg(long, value_name = "USER", value_parser = discovery::uid, conflicts_with = "pids")]
+    user: Option<u32>,
+    /// Only processes in control groups of this path, as in /proc/PID/cgroup.
+    #[arg(long, value_name = "PATTERN", value_parser = discovery::pattern, conflicts_with = "pids")]
+    cgroup: Option<GlobMatcher>,
     /// Time between two reports: 500ms, 5s, 1m; a bare number is seconds.
     #[arg(long, value_name = "TIME", default_value = "2s", value_parser = duration)]
     interval: Duration,
@@ -134,9 +148,10 @@ pub struct WatchArgs {
     /// Print one report, from a census alone, and stop.
     #[arg(long, conflicts_with_all = ["duration", "tier", "max_overhead"])]
     once: bool,
-    /// Sites to show; suspects are shown in any case.
-    #[arg(long, value_name = "N", default_value_t = 10)]
-    top: usize,
+    /// Sites of a process to show, or processes; suspects are shown in any case.
+    /// Without it, 10 sites and as many processes as the terminal has room for.
+    #[arg(long, value_name = "N")]
+    top: Option<usize>,
     /// Watch and show the threads of a process that has goroutines or tokio
     /// tasks as closely as these.
     #[arg(long)]
@@ -146,11 +161,11 @@ pub struct WatchArgs {
     format: Format,
     /// Attach exactly this much, whatever it costs the process, instead of
     /// what the budget allows.
-    #[arg(long, value_enum, conflicts_with = "max_overhead")]
+    #[arg(long, value_enum, conflicts_with = "max_overhead", requires = "pids")]
     tier: Option<TierArg>,
     /// CPU time that the probes may cost the process, in percent of what it
     /// uses itself (0.5 % of one core are always allowed).
-    #[arg(long, value_name = "PCT", default_value_t = 5.0, value_parser = percent)]
+    #[arg(long, value_name = "PCT", default_value_t = 5.0, value_parser = percent, requires = "pids")]
     max_overhead: f64,
     /// Colours in the table.
     #[arg(long, value_enum, default_value_t = Colour::Auto)]
@@ -253,6 +268,7 @@ pub fn run() -> ExitCode {
     let done = match cli.command {
         Some(Command::Stacks(args)) => stacks::run(&args),
         Some(Command::Doctor) => doctor::run(),
+        None if cli.watch.pids.is_empty() => system::run(cli.watch),
         None => watch::run(cli.watch),
     };
     match done {

@@ -8,13 +8,16 @@ use crate::report::{Report, json, table};
 
 use super::{Colour, Format, WatchArgs};
 
+/// Sites that are shown when nobody says how many.
+const SITES: usize = 10;
+
 /// Where reports are printed.
 pub(super) struct Screen {
     format: Format,
     options: table::Options,
     /// Redrawn in place, on the terminal's second screen.
     live: bool,
-    entered: bool,
+    terminal: Terminal,
     latest: BTreeMap<u32, Report>,
     /// What ended, shown under the table and again at the end.
     notes: Vec<String>,
@@ -22,22 +25,16 @@ pub(super) struct Screen {
 
 impl Screen {
     pub(super) fn new(args: &WatchArgs) -> Screen {
-        let terminal = io::stdout().is_terminal();
-        let colour = match args.color {
-            Colour::Always => true,
-            Colour::Never => false,
-            Colour::Auto => terminal && std::env::var_os("NO_COLOR").is_none(),
-        };
         Screen {
             format: args.format,
             options: table::Options {
-                colour,
-                top: args.top,
+                colour: coloured(args.color),
+                top: args.top.unwrap_or(SITES),
                 all_runtimes: args.all_runtimes,
                 ..table::Options::default()
             },
-            live: terminal && args.format == Format::Table && !args.once,
-            entered: false,
+            live: io::stdout().is_terminal() && args.format == Format::Table && !args.once,
+            terminal: Terminal::default(),
             latest: BTreeMap::new(),
             notes: Vec::new(),
         }
@@ -57,9 +54,7 @@ impl Screen {
     }
 
     fn redraw(&mut self) -> io::Result<()> {
-        let mut out = io::stdout().lock();
-        let size = terminal_size::terminal_size();
-        let (width, height) = size.map_or((80, usize::MAX), |(w, h)| (w.0.into(), h.0.into()));
+        let (width, height) = size();
         self.options.width = width;
         // Each process has its share of the screen.
         let share = (height.saturating_sub(self.notes.len()) / self.latest.len().max(1)).max(2);
@@ -77,20 +72,7 @@ impl Screen {
         }
         lines.extend(self.notes.iter().cloned());
         lines.truncate(height);
-        let mut frame = String::new();
-        if !self.entered {
-            // The second screen, without a cursor.
-            frame.push_str("\x1b[?1049h\x1b[?25l");
-            self.entered = true;
-        }
-        frame.push_str("\x1b[H");
-        for (i, line) in lines.iter().enumerate() {
-            let end = if i + 1 == height { "" } else { "\r\n" };
-            let _ = write!(frame, "{line}\x1b[K{end}");
-        }
-        frame.push_str("\x1b[J");
-        out.write_all(frame.as_bytes())?;
-        out.flush()
+        self.terminal.draw(&lines, height)
     }
 
     /// The process is no longer watched.
@@ -110,11 +92,10 @@ impl Screen {
 
     /// Leaves the second screen; the last reports stay to be read.
     pub(super) fn finish(&mut self) {
-        if !self.entered {
+        if !self.terminal.leave() {
             return;
         }
         let mut out = io::stdout().lock();
-        let _ = write!(out, "\x1b[?25h\x1b[?1049l");
         for report in self.latest.values() {
             let _ = writeln!(out, "{}", table::render(report, &self.options));
         }
@@ -122,5 +103,56 @@ impl Screen {
             let _ = writeln!(out, "{note}");
         }
         let _ = out.flush();
+    }
+}
+
+/// Whether to dress what is printed.
+pub(super) fn coloured(colour: Colour) -> bool {
+    match colour {
+        Colour::Always => true,
+        Colour::Never => false,
+        Colour::Auto => io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none(),
+    }
+}
+
+/// Columns and lines of the terminal; without one, 80 and any number.
+pub(super) fn size() -> (usize, usize) {
+    terminal_size::terminal_size().map_or((80, usize::MAX), |(w, h)| (w.0.into(), h.0.into()))
+}
+
+/// A terminal's second screen, redrawn in place.
+#[derive(Default)]
+pub(super) struct Terminal {
+    entered: bool,
+}
+
+impl Terminal {
+    /// Shows these lines, as many as there is room for.
+    pub(super) fn draw<S: AsRef<str>>(&mut self, lines: &[S], height: usize) -> io::Result<()> {
+        let mut frame = String::new();
+        if !self.entered {
+            // The second screen, without a cursor.
+            frame.push_str("\x1b[?1049h\x1b[?25l");
+            self.entered = true;
+        }
+        frame.push_str("\x1b[H");
+        for (i, line) in lines.iter().take(height).enumerate() {
+            let end = if i + 1 == height { "" } else { "\r\n" };
+            let _ = write!(frame, "{}\x1b[K{end}", line.as_ref());
+        }
+        frame.push_str("\x1b[J");
+        let mut out = io::stdout().lock();
+        out.write_all(frame.as_bytes())?;
+        out.flush()
+    }
+
+    /// Goes back to the first screen; false when it was never left.
+    pub(super) fn leave(&mut self) -> bool {
+        if self.entered {
+            let mut out = io::stdout().lock();
+            let _ = write!(out, "\x1b[?25h\x1b[?1049l");
+            let _ = out.flush();
+        }
+        std::mem::take(&mut self.entered)
     }
 }

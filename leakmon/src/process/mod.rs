@@ -1,5 +1,6 @@
 //! What the system says of a process: who it is, and what is in its memory.
 
 pub mod capabilities;
+pub mod discovery;
 pub mod identity;
 pub mod memory;

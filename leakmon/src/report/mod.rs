@@ -5,6 +5,7 @@
 //! task. Nothing here reads a process.
 
 pub mod json;
+pub mod overview;
 pub mod stacks;
 pub mod table;
 

@@ -159,7 +159,7 @@ impl Canvas {
 }
 
 /// Breaks text into lines at spaces, and words that are too long anywhere.
-fn fold(text: &str, max: usize) -> Vec<String> {
+pub(super) fn fold(text: &str, max: usize) -> Vec<String> {
     let max = max.max(1);
     let mut lines = Vec::new();
     let mut line = String::new();

@@ -2,6 +2,7 @@
 //! probes between, and a report of both.
 
 mod attachment;
+pub mod system;
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
