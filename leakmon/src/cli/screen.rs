@@ -131,8 +131,9 @@ impl Terminal {
     pub(super) fn draw<S: AsRef<str>>(&mut self, lines: &[S], height: usize) -> io::Result<()> {
         let mut frame = String::new();
         if !self.entered {
-            // The second screen, without a cursor.
-            frame.push_str("\x1b[?1049h\x1b[?25l");
+            // The second screen, without a cursor; a line that is too long for it
+            // ends at its edge.
+            frame.push_str("\x1b[?1049h\x1b[?25l\x1b[?7l");
             self.entered = true;
         }
         frame.push_str("\x1b[H");
@@ -150,7 +151,7 @@ impl Terminal {
     pub(super) fn leave(&mut self) -> bool {
         if self.entered {
             let mut out = io::stdout().lock();
-            let _ = write!(out, "\x1b[?25h\x1b[?1049l");
+            let _ = write!(out, "\x1b[?7h\x1b[?25h\x1b[?1049l");
             let _ = out.flush();
         }
         std::mem::take(&mut self.entered)

@@ -14,7 +14,7 @@ use crate::leak::{Verdict, VerdictKind};
 use crate::task::human::{change, count, duration, safe};
 
 /// The narrowest table that can be read.
-const LEAST_WIDTH: usize = 72;
+const LEAST_WIDTH: usize = 79;
 
 /// Columns before the command.
 const FIXED: usize = 66;
@@ -168,7 +168,7 @@ impl Overview {
 /// How to draw the table.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// Columns; fewer than 72 are drawn as 72.
+    /// Columns; fewer than 79 are drawn as 79.
     pub width: usize,
     /// Use colours and weights (ANSI escapes).
     pub colour: bool,
@@ -448,4 +448,119 @@ pub fn write_json(overview: &Overview, top: usize, out: &mut dyn io::Write) -> i
         processes,
     };
     line(&object, out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(pid: u32, live: u64, per_minute: f64) -> Row {
+        Row {
+            pid,
+            start_time: 7,
+            user: "www-data".into(),
+            name: "server".to_owned(),
+            command: format!("/usr/bin/server --port {pid}"),
+            cgroup: None,
+            threads: 9,
+            threads_per_minute: Some(0.0),
+            runtimes: vec![RuntimeRow {
+                name: "go",
+                tasks: "goroutines",
+                version: "go1.26.8".to_owned(),
+                live,
+                blocked: live - 1,
+                oldest: Some(Duration::from_secs(90)),
+                per_minute: Some(per_minute),
+                deadlocks: 0,
+            }],
+            not_read: None,
+            verdict: None,
+        }
+    }
+
+    fn overview(rows: Vec<Row>) -> Overview {
+        let elapsed = Duration::from_secs(65);
+        Overview::new(
+            SystemTime::UNIX_EPOCH,
+            elapsed,
+            rows,
+            (2, 1),
+            Duration::ZERO,
+        )
+    }
+
+    fn options(width: usize) -> Options {
+        Options {
+            width,
+            colour: false,
+            top: 10,
+        }
+    }
+
+    #[test]
+    fn what_grows_or_blocks_comes_first() {
+        let mut leaking = row(4, 50, 1.0);
+        leaking.verdict = Some(Verdict {
+            kind: VerdictKind::Growing,
+            sentence: "+1/min for 50s".to_owned(),
+            wait: 0,
+        });
+        let mut plain = row(5, 1, 0.0);
+        plain.runtimes.clear();
+        plain.command.clear();
+        plain.not_read = Some("goroutines: obfuscated".to_owned());
+        let overview = overview(vec![plain, row(2, 10, 3.0), row(3, 400, 0.0), leaking]);
+        let order: Vec<u32> = overview.rows.iter().map(|row| row.pid).collect();
+        assert_eq!(order, [4, 2, 3, 5]);
+        let expected = "\
+36 threads in 4 processes  460 goroutines in 3 processes  0 tokio tasks in 0
+processes  watched for 1m5s  2 came and 1 went since
+1 process looks like a leak
+
+     PID USER     GOROUTINES   TASKS THREADS   +/MIN BLOCKED OLDEST  COMMAND
+!      4 www-data         50       -       9      +1      49  1m30s  /usr/bin/s…
+                   LEAK?  +1/min for 50s
+       2 www-data         10       -       9      +3       9  1m30s  /usr/bin/s…
+       3 www-data        400       -       9       0     399  1m30s  /usr/bin/s…
+       5 www-data          -       -       9       0       -      -  [server]
+                not read  goroutines: obfuscated
+";
+        assert_eq!(render(&overview, &options(80)), expected);
+    }
+
+    #[test]
+    fn nothing_is_wider_than_the_terminal_or_acts_on_it() {
+        let mut evil = row(4_000_000, 4_000_000, 1e9);
+        evil.command = "\x1b[2J\r\u{9b}x".repeat(50);
+        evil.user = "\x1b]0;x\x07".into();
+        evil.not_read = Some("a\tb\u{7f} ".repeat(60));
+        let overview = overview(vec![evil]);
+        for columns in 0..200 {
+            for line in render(&overview, &options(columns)).lines() {
+                assert!(width(line) <= columns.max(LEAST_WIDTH), "{columns}: {line}");
+                assert!(!line.chars().any(char::is_control), "{line:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn suspects_are_shown_beyond_the_top() {
+        let mut suspect = row(9, 5, 0.0);
+        suspect.runtimes[0].deadlocks = 1;
+        let overview = overview(vec![row(1, 5, 0.0), suspect]);
+        let mut few = options(80);
+        few.top = 0;
+        let text = render(&overview, &few);
+        assert!(
+            text.contains("DEADLOCK") && !text.contains("--port 1"),
+            "{text}"
+        );
+        assert!(text.contains("… and 1 more process"), "{text}");
+        let mut json = Vec::new();
+        write_json(&overview, 0, &mut json).unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+        assert_eq!(json["processes"][0]["pid"], 9);
+        assert_eq!(json["processes_omitted"], 1);
+    }
 }
