@@ -8,6 +8,7 @@
 #![feature(asm_experimental_arch)]
 
 mod go;
+mod hit;
 mod maps;
 
 use aya_ebpf::{macros::uprobe, programs::ProbeContext};

@@ -42,7 +42,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A place could not be attached. Nothing of its tier is attached then.
-    #[error("cannot probe {} at offset {offset} of process {pid}'s executable: {source}{}", role.name(), attach_hint(source))]
+    #[error("cannot probe {} at offset {offset} of process {pid}'s {file}: {source}{}", role.name(), attach_hint(source))]
     Attach {
         /// The process.
         pid: u32,
@@ -50,6 +50,8 @@ pub enum Error {
         role: Role,
         /// Where it lies.
         offset: FileOffset,
+        /// In what: "executable", or the path of a library.
+        file: String,
         /// The kernel's answer.
         source: io::Error,
     },
@@ -57,11 +59,8 @@ pub enum Error {
     #[error("the plan cannot be attached: {0}")]
     Plan(&'static str),
     /// Every index for a process is taken.
-    #[error(
-        "more than {} processes are watched at once",
-        leakmon_common::MAX_TARGETS
-    )]
-    TooManyTargets,
+    #[error("more than {0} plans are attached at once")]
+    TooManyTargets(u32),
     /// Probes of leakmon's own process do not fire as they should.
     #[error("the kernel's uprobes do not work: {0}")]
     NotFiring(String),

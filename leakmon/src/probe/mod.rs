@@ -16,6 +16,7 @@ mod counts;
 mod driver;
 mod error;
 mod kernel;
+mod object;
 mod plan;
 mod sys;
 
@@ -25,4 +26,4 @@ pub use counts::{Counts, Drops, Hits, WaitCounts};
 pub use driver::{Driver, Status};
 pub use error::Error;
 pub use kernel::{Attached, Empty, Kernel, Limits, Way};
-pub use plan::{Place, Plan, Role, TargetLayout, Tier};
+pub use plan::{Code, Layout, Place, Plan, Role, Tier};

@@ -16,6 +16,22 @@ const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_PROG_TYPE_KPROBE: u32 = 2;
 const BPF_TRACE_UPROBE_MULTI: u32 = 48;
 
+/// What a program is loaded as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ProgramType {
+    /// For [`link_uprobes`].
+    UprobeMulti,
+}
+
+impl ProgramType {
+    /// `bpf_attr::prog_type` and `expected_attach_type`.
+    fn numbers(self) -> (u32, u32) {
+        match self {
+            ProgramType::UprobeMulti => (BPF_PROG_TYPE_KPROBE, BPF_TRACE_UPROBE_MULTI),
+        }
+    }
+}
+
 /// Bytes of verifier output kept when a program is refused.
 const LOG_SIZE: usize = 64 * 1024;
 
@@ -95,20 +111,21 @@ fn raw(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd().cast_unsigned()
 }
 
-/// Loads a program that can be attached by [`link_uprobes`]. The error's second
-/// part is the verifier's output.
-pub(super) fn load_multi_program(
+/// Loads a program. The error's second part is the verifier's output.
+pub(super) fn load_program(
     name: &str,
+    program_type: ProgramType,
     instructions: &[bpf_insn],
     license: &CStr,
 ) -> Result<OwnedFd, (io::Error, String)> {
+    let (prog_type, expected_attach_type) = program_type.numbers();
     let load = |log: &mut [u8]| {
         let mut prog_name = [0; 16];
         for (to, from) in prog_name.iter_mut().take(15).zip(name.bytes()) {
             *to = from;
         }
         let mut attr = ProgLoad {
-            prog_type: BPF_PROG_TYPE_KPROBE,
+            prog_type,
             insn_cnt: u32::try_from(instructions.len()).map_err(io::Error::other)?,
             insns: instructions.as_ptr() as u64,
             license: license.as_ptr() as u64,
@@ -123,7 +140,7 @@ pub(super) fn load_multi_program(
             prog_flags: 0,
             prog_name,
             prog_ifindex: 0,
-            expected_attach_type: BPF_TRACE_UPROBE_MULTI,
+            expected_attach_type,
         };
         // SAFETY: the pointers are of slices that outlive the call, with their
         // own lengths, and of a terminated string.
