@@ -6,6 +6,7 @@
 #![no_std]
 
 pub mod go;
+pub mod threads;
 
 /// Buckets of a blocked-duration histogram.
 ///
@@ -251,6 +252,7 @@ pub const fn histogram_bucket(nanos: u64) -> usize {
 
 #[cfg(feature = "user")]
 mod user {
+    use super::threads::{KernelOffsets, ThreadRecord};
     use super::{Counters, Parked, SiteCount, SiteKey, Target, TargetSite, WaitCount, WaitKey};
 
     macro_rules! pod {
@@ -264,7 +266,16 @@ mod user {
     }
 
     pod!(
-        Counters, Parked, SiteCount, SiteKey, Target, TargetSite, WaitCount, WaitKey
+        Counters,
+        KernelOffsets,
+        Parked,
+        SiteCount,
+        SiteKey,
+        Target,
+        TargetSite,
+        ThreadRecord,
+        WaitCount,
+        WaitKey
     );
 }
 
@@ -323,6 +334,8 @@ mod tests {
         assert_eq!(size_of::<WaitKey>(), 2 * 4 + 2 * 8 + WAIT_FRAMES * 8);
         assert_eq!(size_of::<WaitCount>(), (3 + HISTOGRAM_BUCKETS) * 8);
         assert_eq!(size_of::<Parked>(), 2 * 8 + 2 * 4 + WAIT_FRAMES * 8);
+        assert_eq!(size_of::<threads::KernelOffsets>(), 6 * 4);
+        assert_eq!(size_of::<threads::ThreadRecord>(), 7 * 8 + 2 * 4);
         assert_eq!(size_of::<Counters>(), (SLOTS + DROP_REASONS) * 8);
     }
 

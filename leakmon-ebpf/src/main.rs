@@ -10,6 +10,7 @@
 mod go;
 mod hit;
 mod maps;
+mod registers;
 
 use aya_ebpf::{macros::uprobe, programs::ProbeContext};
 

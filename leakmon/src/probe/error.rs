@@ -64,6 +64,14 @@ pub enum Error {
     /// Probes of leakmon's own process do not fire as they should.
     #[error("the kernel's uprobes do not work: {0}")]
     NotFiring(String),
+    /// This kernel, or this place to run leakmon in, lacks what is needed.
+    #[error("{what} cannot be had here: {why}")]
+    Unsupported {
+        /// What was wanted.
+        what: &'static str,
+        /// What is missing, and what would help.
+        why: String,
+    },
     /// A file of /proc or /sys could not be read.
     #[error("{path}: {source}")]
     File {

@@ -3,6 +3,7 @@
 
 use std::num::NonZeroU32;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuValues, Queue};
@@ -12,15 +13,23 @@ use aya::{Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
 use leakmon_common::{
     Cookie, Counters, MAX_TARGETS, Parked, SiteCount, Target, TargetSite, WaitCount, WaitKey,
-    parked_key,
+    parked_key, threads::KernelOffsets,
 };
 
+use super::btf::Btf;
 use super::counts::{Counts, Drops, Hits, WaitCounts};
 use super::error::{Error, errno};
 use super::object::{OBJECT, Object};
 use super::plan::{Code, PROGRAMS, Place, Plan, Role, Tier};
+use super::registers::{self, ThreadRegisters};
 use super::sys::{self, ProgramType};
 use crate::task::{Histogram, SiteFlow, SiteKey};
+
+/// The kernel's types.
+const BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// `PROC_PID_INIT_INO` of include/linux/proc_ns.h.
+const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 
 /// How much is counted at once, over all targets. What exceeds it is counted
 /// as dropped.
@@ -126,6 +135,11 @@ struct State {
     cpus: usize,
     indices: Vec<Index>,
     epoch: u32,
+    /// The kernel's types, read when they are first needed.
+    types: Option<Btf>,
+    offsets: Array<MapData, KernelOffsets>,
+    iterated: Array<MapData, u32>,
+    iterator: Option<OwnedFd>,
 }
 
 /// The loaded kernel side: one for a leakmon process, for any number of
@@ -192,6 +206,8 @@ impl Kernel {
         for slot in 0..limits.waits {
             free_slots.push(slot, 0).map_err(map_error("fill a map"))?;
         }
+        let offsets = take(&mut ebpf, "KERNEL_OFFSETS")?;
+        let iterated = take(&mut ebpf, "ITERATED")?;
         let mut state = State {
             targets: take(&mut ebpf, "TARGETS")?,
             counters: take(&mut ebpf, "COUNTERS")?,
@@ -209,6 +225,10 @@ impl Kernel {
             cpus,
             indices: vec![Index::Free; limits.targets as usize],
             epoch: 0,
+            types: None,
+            offsets,
+            iterated,
+            iterator: None,
         };
         // One that this kernel must take, if it takes any.
         state.prepare(ProgramId::Empty)?;
@@ -287,6 +307,43 @@ impl Kernel {
         };
         let links = lock(&self.shared).link(ProgramId::Empty, pid, cookie, &places)?;
         Ok(Empty(links))
+    }
+}
+
+impl Kernel {
+    /// The registers of every thread of process `pid`, empty when it is gone. A
+    /// thread that came or went meanwhile may be missing. Needs the initial pid
+    /// namespace and kernel 5.15; before 6.1 the kernel looks at every thread of
+    /// the machine for it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] says what is missing; nothing else is lost then.
+    pub fn registers(&self, pid: u32) -> Result<Vec<ThreadRegisters>, Error> {
+        let mut state = lock(&self.shared);
+        state.describe_kernel("the threads' registers")?;
+        if state.iterator.is_none() {
+            let id = state.function("the threads' registers", "bpf_iter_task")?;
+            let iterator = ProgramType::TaskIterator(id);
+            state.iterator = Some(state.object.load("thread_registers", iterator)?);
+        }
+        state
+            .iterated
+            .set(0, pid, 0)
+            .map_err(map_error("name a process"))?;
+        let Some(iterator) = &state.iterator else {
+            return Ok(Vec::new());
+        };
+        match sys::iterate_tasks(iterator.as_fd(), pid) {
+            Ok(file) => registers::read(file),
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(Vec::new()),
+            Err(source) => Err(Error::or_permission("bpf", source, |source| {
+                Error::Unsupported {
+                    what: "the threads' registers",
+                    why: source.to_string(),
+                }
+            })),
+        }
     }
 }
 
@@ -384,6 +441,55 @@ fn not_attached(
 }
 
 impl State {
+    /// Tells the kernel side where the kernel's own structs have their fields;
+    /// once.
+    fn describe_kernel(&mut self, what: &'static str) -> Result<(), Error> {
+        if self.types.is_some() {
+            return Ok(());
+        }
+        let unsupported = |why: String| Error::Unsupported { what, why };
+        let namespace = std::fs::metadata("/proc/self/ns/pid").map(|meta| meta.ino());
+        if namespace.ok() != Some(INITIAL_PID_NAMESPACE) {
+            return Err(unsupported(
+                "leakmon does not run in the initial pid namespace, whose process ids the \
+                 kernel gives (run it on the host, or in a container with the host's)"
+                    .to_owned(),
+            ));
+        }
+        let data = std::fs::read(BTF)
+            .map_err(|error| unsupported(format!("{BTF}: {error} (CONFIG_DEBUG_INFO_BTF)")))?;
+        let btf = Btf::parse(data).ok_or_else(|| unsupported(format!("{BTF} is malformed")))?;
+        let offset = |of: &str, member: &str| {
+            btf.offset(of, member)
+                .ok_or_else(|| unsupported(format!("this kernel has no {of}.{member}")))
+        };
+        let offsets = KernelOffsets {
+            pid: offset("task_struct", "pid")?,
+            state: offset("task_struct", "__state").or_else(|_| offset("task_struct", "state"))?,
+            nvcsw: offset("task_struct", "nvcsw")?,
+            nivcsw: offset("task_struct", "nivcsw")?,
+            signal: offset("task_struct", "signal")?,
+            live: offset("signal_struct", "live")?,
+        };
+        if offset("task_struct", "tgid")? != offsets.pid + 4 {
+            return Err(unsupported("task_struct.tgid is not behind pid".to_owned()));
+        }
+        self.offsets
+            .set(0, offsets, 0)
+            .map_err(map_error("describe the kernel"))?;
+        self.types = Some(btf);
+        Ok(())
+    }
+
+    /// The BTF id of a function of the kernel.
+    fn function(&self, what: &'static str, name: &str) -> Result<u32, Error> {
+        let id = self.types.as_ref().and_then(|types| types.function(name));
+        id.ok_or_else(|| Error::Unsupported {
+            what,
+            why: format!("this kernel has no {name}"),
+        })
+    }
+
     /// aya's side of a program.
     fn uprobe(&mut self, name: &'static str) -> Result<&mut UProbe, Error> {
         self.ebpf

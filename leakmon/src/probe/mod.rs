@@ -10,6 +10,7 @@
 //! the target's memory. All that leakmon holds in the kernel hangs on its file
 //! descriptors: when it ends, in whatever way, the target is as it was.
 
+mod btf;
 mod budget;
 mod calibrate;
 mod counts;
@@ -18,6 +19,7 @@ mod error;
 mod kernel;
 mod object;
 mod plan;
+mod registers;
 mod sys;
 
 pub use budget::{FLOOR_PERCENT, Governor, Interval, MIN_SHARE, Reading, Step, cpu_time};
@@ -27,3 +29,4 @@ pub use driver::{Driver, Status};
 pub use error::Error;
 pub use kernel::{Attached, Empty, Kernel, Limits, Way};
 pub use plan::{Code, Layout, Place, Plan, Role, Tier};
+pub use registers::ThreadRegisters;

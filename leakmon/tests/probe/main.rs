@@ -1,6 +1,7 @@
-//! The kernel side against a running Go program. Needs root and a Go toolchain.
+//! The kernel side against running programs. Needs root and a Go toolchain.
 
 mod target;
+mod threads;
 
 use std::collections::BTreeMap;
 use std::process::Command;
