@@ -5,6 +5,9 @@
 //! the kernel wrote.
 #![no_std]
 
+pub mod go;
+pub mod threads;
+
 /// Buckets of a blocked-duration histogram.
 ///
 /// Bucket `i` counts durations of `2^i` to `2^(i+1) - 1` nanoseconds; the last
@@ -14,15 +17,20 @@ pub const HISTOGRAM_BUCKETS: usize = 48;
 /// Return addresses kept of a park's stack, innermost first.
 pub const WAIT_FRAMES: usize = 4;
 
-/// Processes that one leakmon watches at once.
-pub const MAX_TARGETS: u32 = 256;
+/// Plans that one leakmon attaches at once, at most: three runtimes of 500
+/// processes. User space makes the maps smaller when it loads the object.
+pub const MAX_TARGETS: u32 = 1536;
 
-/// Roles of a place, counted apart in [`Counters::hits`].
-pub const ROLES: usize = 7;
+/// Places of [`Counters::hits`]. Each runtime numbers its programs from 0: one
+/// target has one runtime.
+pub const SLOTS: usize = 8;
 
-/// Bytes between `g.gopc` and `g.startpc`, in every Go version from 1.18 to
-/// 1.27 (`g.ancestors` lies between them).
-pub const STARTPC_FROM_GOPC: u16 = 16;
+/// Words of [`Target::layout`].
+pub const LAYOUT_WORDS: usize = 4;
+
+/// What one runtime's programs must know of a process: the runtime's own type
+/// (`go::Layout`, ...) as words.
+pub type Layout = [u64; LAYOUT_WORDS];
 
 /// Where a task was spawned, as the kernel side sees it: two addresses of the
 /// running process, symbolised in user space.
@@ -37,8 +45,6 @@ pub struct SiteKey {
 
 /// What the kernel side knows of a watched process. `TARGETS` holds one for
 /// each index; an index that is not in use is all zero.
-///
-/// Offsets are in bytes from the start of a `runtime.g`.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Target {
@@ -47,19 +53,11 @@ pub struct Target {
     pub lifecycle_since: u64,
     /// The same for parks and resumes. Parks recorded before it are stale.
     pub blocking_since: u64,
-    /// Wait reasons (bit `n` for reason `n`) that the universal park counts.
-    pub reasons: u64,
+    /// What the runtime's programs alone understand.
+    pub layout: Layout,
     /// Must equal the cookie's, so that a link of an earlier user of this index
     /// can never count for this one.
     pub epoch: u32,
-    /// `g.goid`.
-    pub goid: u16,
-    /// `g.gopc`; `g.startpc` lies [`STARTPC_FROM_GOPC`] after it.
-    pub gopc: u16,
-    /// `g.waitreason`.
-    pub waitreason: u16,
-    /// `g.sched.bp`.
-    pub sched_bp: u16,
     /// Zero.
     pub reserved: u32,
 }
@@ -69,8 +67,8 @@ pub struct Target {
 pub struct Cookie {
     /// Index in `TARGETS`.
     pub target: u16,
-    /// Return addresses to keep of a park's stack, up to [`WAIT_FRAMES`].
-    pub depth: u8,
+    /// The place's own, as its program understands it.
+    pub argument: u16,
     /// Of the target, see [`Target::epoch`].
     pub epoch: u32,
 }
@@ -79,7 +77,7 @@ impl Cookie {
     /// As the kernel keeps it.
     #[inline(always)]
     pub const fn pack(self) -> u64 {
-        self.target as u64 | (self.depth as u64) << 16 | (self.epoch as u64) << 32
+        self.target as u64 | (self.argument as u64) << 16 | (self.epoch as u64) << 32
     }
 
     /// The reverse of [`Cookie::pack`].
@@ -87,7 +85,7 @@ impl Cookie {
     pub const fn unpack(raw: u64) -> Self {
         Cookie {
             target: raw as u16,
-            depth: (raw >> 16) as u8,
+            argument: (raw >> 16) as u16,
             epoch: (raw >> 32) as u32,
         }
     }
@@ -209,8 +207,8 @@ pub const DROP_REASONS: usize = 6;
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Counters {
-    /// Probe hits by role.
-    pub hits: [u64; ROLES],
+    /// Hits by program, in the runtime's own numbers.
+    pub hits: [u64; SLOTS],
     /// Hits not counted otherwise, by [`Dropped`].
     pub dropped: [u64; DROP_REASONS],
 }
@@ -254,6 +252,7 @@ pub const fn histogram_bucket(nanos: u64) -> usize {
 
 #[cfg(feature = "user")]
 mod user {
+    use super::threads::{KernelOffsets, ThreadRecord};
     use super::{Counters, Parked, SiteCount, SiteKey, Target, TargetSite, WaitCount, WaitKey};
 
     macro_rules! pod {
@@ -267,7 +266,16 @@ mod user {
     }
 
     pod!(
-        Counters, Parked, SiteCount, SiteKey, Target, TargetSite, WaitCount, WaitKey
+        Counters,
+        KernelOffsets,
+        Parked,
+        SiteCount,
+        SiteKey,
+        Target,
+        TargetSite,
+        ThreadRecord,
+        WaitCount,
+        WaitKey
     );
 }
 
@@ -299,17 +307,17 @@ mod tests {
         for cookie in [
             Cookie {
                 target: 0,
-                depth: 0,
+                argument: 0,
                 epoch: 0,
             },
             Cookie {
                 target: 255,
-                depth: 4,
+                argument: 4,
                 epoch: 7,
             },
             Cookie {
                 target: u16::MAX,
-                depth: u8::MAX,
+                argument: u16::MAX,
                 epoch: u32::MAX,
             },
         ] {
@@ -320,13 +328,15 @@ mod tests {
     #[test]
     fn types_have_no_padding() {
         assert_eq!(size_of::<SiteKey>(), 2 * 8);
-        assert_eq!(size_of::<Target>(), 3 * 8 + 2 * 4 + 4 * 2);
+        assert_eq!(size_of::<Target>(), 2 * 8 + LAYOUT_WORDS * 8 + 2 * 4);
         assert_eq!(size_of::<TargetSite>(), 3 * 8);
         assert_eq!(size_of::<SiteCount>(), 2 * 8);
         assert_eq!(size_of::<WaitKey>(), 2 * 4 + 2 * 8 + WAIT_FRAMES * 8);
         assert_eq!(size_of::<WaitCount>(), (3 + HISTOGRAM_BUCKETS) * 8);
         assert_eq!(size_of::<Parked>(), 2 * 8 + 2 * 4 + WAIT_FRAMES * 8);
-        assert_eq!(size_of::<Counters>(), (ROLES + DROP_REASONS) * 8);
+        assert_eq!(size_of::<threads::KernelOffsets>(), 6 * 4);
+        assert_eq!(size_of::<threads::ThreadRecord>(), 7 * 8 + 2 * 4);
+        assert_eq!(size_of::<Counters>(), (SLOTS + DROP_REASONS) * 8);
     }
 
     #[test]

@@ -8,7 +8,9 @@
 #![feature(asm_experimental_arch)]
 
 mod go;
+mod hit;
 mod maps;
+mod registers;
 
 use aya_ebpf::{macros::uprobe, programs::ProbeContext};
 

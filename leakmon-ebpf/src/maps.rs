@@ -11,6 +11,7 @@ use aya_ebpf::{
 };
 use leakmon_common::{
     Counters, MAX_TARGETS, Parked, SiteCount, Target, TargetSite, WaitCount, WaitKey,
+    threads::KernelOffsets,
 };
 
 /// What is known of each watched process. Written by user space only.
@@ -42,3 +43,11 @@ pub static FREE_SLOTS: Queue<u32> = Queue::with_max_entries(4096, 0);
 /// What is counted of each kind of wait, by slot.
 #[map]
 pub static WAIT_COUNTS: PerCpuArray<WaitCount> = PerCpuArray::with_max_entries(4096, 0);
+
+/// Where this kernel's structs have their fields. Written by user space once.
+#[map]
+pub static KERNEL_OFFSETS: Array<KernelOffsets> = Array::with_max_entries(1, 0);
+
+/// The process whose threads are being read. Written by user space only.
+#[map]
+pub static ITERATED: Array<u32> = Array::with_max_entries(1, 0);

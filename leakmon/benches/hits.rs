@@ -16,6 +16,7 @@ use leakmon::probe::{self, Kernel, Plan, Tier};
 use leakmon::process::identity::Process;
 use leakmon::runtime::go;
 use leakmon::runtime::go::probes;
+use leakmon_common::go::Layout;
 
 /// How long each measurement takes.
 const WINDOW: &str = "400ms";
@@ -49,7 +50,7 @@ fn plan(pid: u32) -> Result<Plan> {
 /// Prints the places, one a line: role, and offset in the executable.
 fn places(pid: u32) -> Result<()> {
     let plan = plan(pid)?;
-    println!("gopc {}", plan.target.gopc);
+    println!("gopc {}", Layout::of(&plan.layout).gopc);
     for place in &plan.places {
         println!("{}: {:#x}", place.role.name(), place.offset.0);
     }
@@ -67,7 +68,7 @@ fn cost(program: &Path, rounds: usize) -> Result<()> {
                 .places
                 .iter()
                 .filter(|place| place.role.tier() == tier)
-                .copied()
+                .cloned()
                 .collect(),
             ..plan.clone()
         };

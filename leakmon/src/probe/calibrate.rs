@@ -11,9 +11,11 @@
 use std::arch::global_asm;
 use std::time::{Duration, Instant};
 
+use leakmon_common::go::{Layout, STARTPC_FROM_GOPC};
+
 use super::error::Error;
 use super::kernel::{Attached, Kernel, Way};
-use super::plan::{Place, Plan, Role, TargetLayout, Tier};
+use super::plan::{Code, Place, Plan, Role, Tier};
 use crate::binary::addr::FileOffset;
 
 /// Defines the function `$name(g, frame, rounds)`: it passes `$begin` and
@@ -185,10 +187,9 @@ const ROUNDS: u64 = 250;
 const MEASUREMENTS: usize = 9;
 
 /// Where the made-up goroutine has its fields.
-const LAYOUT: TargetLayout = TargetLayout {
+const LAYOUT: Layout = Layout {
     goid: 152,
     gopc: 288,
-    startpc: 304,
     waitreason: 176,
     sched_bp: 96,
     reasons: !0,
@@ -250,13 +251,14 @@ fn measure(kernel: &Kernel) -> Result<Cost, Error> {
     let plan = |loops: Loop, begin, end| {
         let place = |address, role| {
             Ok::<_, Error>(Place {
+                code: Code::Executable,
                 offset: own_offset(address)?,
                 role,
-                depth: 2,
+                argument: 2,
             })
         };
         Ok::<_, Error>(Plan {
-            target: LAYOUT,
+            layout: LAYOUT.words(),
             places: vec![place(loops.begin, begin)?, place(loops.end, end)?],
         })
     };
@@ -308,7 +310,7 @@ fn per_hit(loops: Loop) -> f64 {
     let mut g = [0u64; G_WORDS];
     g[usize::from(LAYOUT.goid) / 8] = 1;
     g[usize::from(LAYOUT.gopc) / 8] = 0x1000;
-    g[usize::from(LAYOUT.startpc) / 8] = 0x2000;
+    g[usize::from(LAYOUT.gopc + STARTPC_FROM_GOPC) / 8] = 0x2000;
     // Two frames, the outer one without a caller: {frame pointer, return address}.
     let mut frames = [[0u64; 2]; 2];
     frames[0] = [frames[1].as_ptr() as u64, 0x3000];

@@ -1,8 +1,8 @@
 //! What the kernel side counted, as numbers and addresses.
 
-use leakmon_common::{DROP_REASONS, Dropped, ROLES, WAIT_FRAMES};
+use leakmon_common::{DROP_REASONS, Dropped, WAIT_FRAMES};
 
-use super::plan::Role;
+use super::plan::{PROGRAMS, Role};
 use crate::task::{Histogram, SiteFlow, SiteKey};
 
 /// What the probes counted in one process since it was first attached. Every
@@ -22,13 +22,13 @@ pub struct Counts {
 /// What was counted of one kind of wait.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WaitCounts {
-    /// Where the waiting goroutines were spawned.
+    /// Where the waiting tasks were spawned.
     pub site: SiteKey,
     /// The runtime's number of the wait reason.
-    pub reason: u8,
+    pub reason: u32,
     /// Return addresses, innermost first; 0 from the first that was not kept.
     pub pcs: [u64; WAIT_FRAMES],
-    /// Times a goroutine blocked.
+    /// Times a task blocked.
     pub parks: u64,
     /// Times one that was seen to block went on. While the probes stay attached
     /// without a break, `parks - resumes` are blocked now (of those that blocked
@@ -40,7 +40,7 @@ pub struct WaitCounts {
 
 /// Probe hits by role.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Hits(pub(super) [u64; ROLES]);
+pub struct Hits(pub(super) [u64; PROGRAMS.len()]);
 
 impl Hits {
     /// Hits of one role.
@@ -64,10 +64,10 @@ impl Hits {
     }
 
     fn sum(&self, tier: super::Tier) -> u64 {
-        Role::ALL
+        PROGRAMS
             .iter()
-            .filter(|role| role.tier() == tier)
-            .map(|&role| self.of(role))
+            .filter(|program| program.tier == tier)
+            .map(|program| self.of(program.role))
             .sum()
     }
 }
@@ -77,7 +77,7 @@ impl Hits {
 pub struct Drops(pub(super) [u64; DROP_REASONS]);
 
 impl Drops {
-    /// Resumes of goroutines that were not seen to park: they parked before
+    /// Resumes of tasks that were not seen to park: they parked before
     /// the probes were attached (or in a gap of a sampled tier). Not a loss.
     pub fn unmatched_resumes(&self) -> u64 {
         self.0[Dropped::UnmatchedResume as usize]
@@ -87,7 +87,7 @@ impl Drops {
     pub fn losses(&self) -> impl Iterator<Item = (&'static str, u64)> {
         [
             (Dropped::SitesFull, "site map full"),
-            (Dropped::ParkedFull, "map of waiting goroutines full"),
+            (Dropped::ParkedFull, "map of waiting tasks full"),
             (Dropped::WaitsFull, "wait map full"),
             (Dropped::Unreadable, "memory not readable"),
             (Dropped::LostResume, "resume not seen"),
@@ -104,7 +104,8 @@ mod tests {
 
     #[test]
     fn hits_are_summed_by_tier() {
-        let hits = Hits([1, 2, 4, 8, 16, 32, 64]);
+        let mut hits = Hits::default();
+        hits.0[..7].copy_from_slice(&[1, 2, 4, 8, 16, 32, 64]);
         assert_eq!(hits.of(Role::Exit), 4);
         assert_eq!(hits.lifecycle(), 7);
         assert_eq!(hits.blocking(), 120);

@@ -42,7 +42,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A place could not be attached. Nothing of its tier is attached then.
-    #[error("cannot probe {} at offset {offset} of process {pid}'s executable: {source}{}", role.name(), attach_hint(source))]
+    #[error("cannot probe {} at offset {offset} of process {pid}'s {file}: {source}{}", role.name(), attach_hint(source))]
     Attach {
         /// The process.
         pid: u32,
@@ -50,6 +50,8 @@ pub enum Error {
         role: Role,
         /// Where it lies.
         offset: FileOffset,
+        /// In what: "executable", or the path of a library.
+        file: String,
         /// The kernel's answer.
         source: io::Error,
     },
@@ -57,14 +59,19 @@ pub enum Error {
     #[error("the plan cannot be attached: {0}")]
     Plan(&'static str),
     /// Every index for a process is taken.
-    #[error(
-        "more than {} processes are watched at once",
-        leakmon_common::MAX_TARGETS
-    )]
-    TooManyTargets,
+    #[error("more than {0} plans are attached at once")]
+    TooManyTargets(u32),
     /// Probes of leakmon's own process do not fire as they should.
     #[error("the kernel's uprobes do not work: {0}")]
     NotFiring(String),
+    /// This kernel, or this place to run leakmon in, lacks what is needed.
+    #[error("{what} cannot be had here: {why}")]
+    Unsupported {
+        /// What was wanted.
+        what: &'static str,
+        /// What is missing, and what would help.
+        why: String,
+    },
     /// A file of /proc or /sys could not be read.
     #[error("{path}: {source}")]
     File {

@@ -3,6 +3,7 @@
 
 use std::num::NonZeroU32;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuValues, Queue};
@@ -11,18 +12,24 @@ use aya::programs::{ProgramError, UProbe};
 use aya::{Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
 use leakmon_common::{
-    Cookie, Counters, MAX_TARGETS, Parked, STARTPC_FROM_GOPC, SiteCount, Target, TargetSite,
-    WAIT_FRAMES, WaitCount, WaitKey, parked_key,
+    Cookie, Counters, MAX_TARGETS, Parked, SiteCount, Target, TargetSite, WaitCount, WaitKey,
+    parked_key, threads::KernelOffsets,
 };
 
+use super::btf::Btf;
 use super::counts::{Counts, Drops, Hits, WaitCounts};
 use super::error::{Error, errno};
-use super::plan::{Place, Plan, Role, Tier};
-use super::sys;
+use super::object::{OBJECT, Object};
+use super::plan::{Code, PROGRAMS, Place, Plan, Role, Tier};
+use super::registers::{self, ThreadRegisters};
+use super::sys::{self, ProgramType};
 use crate::task::{Histogram, SiteFlow, SiteKey};
 
-/// The object that the build script compiled.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/leakmon"));
+/// The kernel's types.
+const BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// `PROC_PID_INIT_INO` of include/linux/proc_ns.h.
+const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 
 /// How much is counted at once, over all targets. What exceeds it is counted
 /// as dropped.
@@ -37,6 +44,9 @@ pub struct Limits {
     /// Kinds of wait, by spawn site, reason and place. The kernel holds 408
     /// bytes for each CPU of one.
     pub waits: u32,
+    /// Plans attached at once, at most [`MAX_TARGETS`]. The kernel holds 56
+    /// bytes and 112 for each CPU of one.
+    pub targets: u32,
 }
 
 impl Limits {
@@ -49,6 +59,7 @@ impl Limits {
             sites: 16 * 1024,
             goroutines: 1 << 20,
             waits: waits.clamp(512, 8192) as u32,
+            targets: MAX_TARGETS,
         }
     }
 }
@@ -63,49 +74,31 @@ pub enum Way {
     PerfEvent,
 }
 
-/// Programs that are no role's.
+/// A program of uprobes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ProgramId {
     Role(Role),
+    /// Does nothing.
     Empty,
 }
 
 impl ProgramId {
-    const COUNT: usize = Role::ALL.len() + 1;
-
-    fn all() -> impl Iterator<Item = ProgramId> {
-        Role::ALL
-            .into_iter()
-            .map(ProgramId::Role)
-            .chain([ProgramId::Empty])
-    }
+    const COUNT: usize = PROGRAMS.len() + 1;
 
     fn index(self) -> usize {
         match self {
             ProgramId::Role(role) => role.index(),
-            ProgramId::Empty => Role::ALL.len(),
+            ProgramId::Empty => PROGRAMS.len(),
         }
     }
 
     /// The function's name in leakmon-ebpf.
     fn name(self) -> &'static str {
         match self {
-            ProgramId::Role(Role::Spawn) => "go_spawn",
-            ProgramId::Role(Role::SpawnReturned) => "go_spawn_returned",
-            ProgramId::Role(Role::Exit) => "go_exit",
-            ProgramId::Role(Role::Park) => "go_park",
-            ProgramId::Role(Role::Resume) => "go_resume",
-            ProgramId::Role(Role::ParkUniversal) => "go_park_universal",
-            ProgramId::Role(Role::Ready) => "go_ready",
+            ProgramId::Role(role) => role.program().function,
             ProgramId::Empty => "empty",
         }
     }
-}
-
-/// The loaded programs.
-enum Programs {
-    Multi([OwnedFd; ProgramId::COUNT]),
-    PerfEvent(Box<Ebpf>),
 }
 
 /// What keeps places attached. Dropping it detaches.
@@ -124,7 +117,12 @@ enum Index {
 }
 
 struct State {
-    programs: Programs,
+    way: Way,
+    /// Holds what was not taken of it: aya's programs, and maps.
+    ebpf: Box<Ebpf>,
+    object: Object,
+    /// By [`ProgramId::index`], as far as they are loaded.
+    programs: [Option<OwnedFd>; ProgramId::COUNT],
     targets: Array<MapData, Target>,
     counters: PerCpuArray<MapData, Counters>,
     // The hash maps are read in batches, for which aya has no call.
@@ -137,10 +135,15 @@ struct State {
     cpus: usize,
     indices: Vec<Index>,
     epoch: u32,
+    /// The kernel's types, read when they are first needed.
+    types: Option<Btf>,
+    offsets: Array<MapData, KernelOffsets>,
+    iterated: Array<MapData, u32>,
+    iterator: Option<OwnedFd>,
 }
 
 /// The loaded kernel side: one for a leakmon process, for any number of
-/// targets up to [`MAX_TARGETS`].
+/// targets up to [`Limits::targets`].
 ///
 /// Nothing is pinned: when leakmon ends, in whatever way, the kernel detaches
 /// everything.
@@ -186,6 +189,8 @@ impl Kernel {
     pub fn load_with(way: Way, limits: Limits) -> Result<Kernel, Error> {
         let cpus = cpus()?;
         let mut ebpf = EbpfLoader::new()
+            .map_max_entries("TARGETS", limits.targets)
+            .map_max_entries("COUNTERS", limits.targets)
             .map_max_entries("SITES", limits.sites)
             .map_max_entries("PARKED", limits.goroutines)
             .map_max_entries("WAITS", limits.waits)
@@ -196,18 +201,14 @@ impl Kernel {
                 Some(source) => Error::or_permission("bpf", source, |_| Error::Load(error)),
                 None => Error::Load(error),
             })?;
-        let multi = match way {
-            Way::Multi => Some(load_multi(&ebpf)?),
-            Way::PerfEvent => {
-                load_perf_event(&mut ebpf)?;
-                None
-            }
-        };
+        let object = Object::new(&ebpf)?;
         let mut free_slots: Queue<MapData, u32> = take(&mut ebpf, "FREE_SLOTS")?;
         for slot in 0..limits.waits {
             free_slots.push(slot, 0).map_err(map_error("fill a map"))?;
         }
-        let state = State {
+        let offsets = take(&mut ebpf, "KERNEL_OFFSETS")?;
+        let iterated = take(&mut ebpf, "ITERATED")?;
+        let mut state = State {
             targets: take(&mut ebpf, "TARGETS")?,
             counters: take(&mut ebpf, "COUNTERS")?,
             sites: take_data(&mut ebpf, "SITES")?,
@@ -217,14 +218,20 @@ impl Kernel {
             wait_counts: take(&mut ebpf, "WAIT_COUNTS")?,
             logger: EbpfLogger::init(&mut ebpf)
                 .map_err(|error| Error::Object(error.to_string()))?,
-            programs: match multi {
-                Some(programs) => Programs::Multi(programs),
-                None => Programs::PerfEvent(Box::new(ebpf)),
-            },
+            way,
+            ebpf: Box::new(ebpf),
+            object,
+            programs: [const { None }; ProgramId::COUNT],
             cpus,
-            indices: vec![Index::Free; MAX_TARGETS as usize],
+            indices: vec![Index::Free; limits.targets as usize],
             epoch: 0,
+            types: None,
+            offsets,
+            iterated,
+            iterator: None,
         };
+        // One that this kernel must take, if it takes any.
+        state.prepare(ProgramId::Empty)?;
         Ok(Kernel {
             shared: Arc::new(Mutex::new(state)),
             way,
@@ -247,24 +254,19 @@ impl Kernel {
     /// [`Error::Attach`] names the place, [`Error::Plan`] what is wrong with
     /// the plan.
     pub fn attach(&self, pid: u32, plan: &Plan, tier: Tier) -> Result<Attached, Error> {
-        check(plan)?;
         let pid = NonZeroU32::new(pid).ok_or(Error::Plan("process 0 is the kernel's"))?;
         let mut state = lock(&self.shared);
         let index = state
             .indices
             .iter()
             .position(|&index| index == Index::Free)
-            .ok_or(Error::TooManyTargets)?;
+            .ok_or(Error::TooManyTargets(state.indices.len() as u32))?;
         state.epoch = state.epoch.wrapping_add(1);
         let target = Target {
             lifecycle_since: 0,
             blocking_since: 0,
-            reasons: plan.target.reasons,
+            layout: plan.layout,
             epoch: state.epoch,
-            goid: plan.target.goid,
-            gopc: plan.target.gopc,
-            waitreason: plan.target.waitreason,
-            sched_bp: plan.target.sched_bp,
             reserved: 0,
         };
         state
@@ -279,6 +281,9 @@ impl Kernel {
             index: index as u16,
             target,
             plan: plan.clone(),
+            roles: Role::all()
+                .filter(|&role| plan.places.iter().any(|place| place.role == role))
+                .collect(),
             tier: Tier::Census,
             links: Vec::new(),
         };
@@ -297,11 +302,48 @@ impl Kernel {
         let places: Vec<&Place> = places.iter().collect();
         let cookie = Cookie {
             target: 0,
-            depth: 0,
+            argument: 0,
             epoch: 0,
         };
         let links = lock(&self.shared).link(ProgramId::Empty, pid, cookie, &places)?;
-        Ok(Empty(vec![links]))
+        Ok(Empty(links))
+    }
+}
+
+impl Kernel {
+    /// The registers of every thread of process `pid`, empty when it is gone. A
+    /// thread that came or went meanwhile may be missing. Needs the initial pid
+    /// namespace and kernel 5.15; before 6.1 the kernel looks at every thread of
+    /// the machine for it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] says what is missing; nothing else is lost then.
+    pub fn registers(&self, pid: u32) -> Result<Vec<ThreadRegisters>, Error> {
+        let mut state = lock(&self.shared);
+        state.describe_kernel("the threads' registers")?;
+        if state.iterator.is_none() {
+            let id = state.function("the threads' registers", "bpf_iter_task")?;
+            let iterator = ProgramType::TaskIterator(id);
+            state.iterator = Some(state.object.load("thread_registers", iterator)?);
+        }
+        state
+            .iterated
+            .set(0, pid, 0)
+            .map_err(map_error("name a process"))?;
+        let Some(iterator) = &state.iterator else {
+            return Ok(Vec::new());
+        };
+        match sys::iterate_tasks(iterator.as_fd(), pid) {
+            Ok(file) => registers::read(file),
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(Vec::new()),
+            Err(source) => Err(Error::or_permission("bpf", source, |source| {
+                Error::Unsupported {
+                    what: "the threads' registers",
+                    why: source.to_string(),
+                }
+            })),
+        }
     }
 }
 
@@ -321,23 +363,6 @@ fn cpus() -> Result<usize, Error> {
         path: path.to_owned(),
         source,
     })
-}
-
-/// What the kernel side relies on.
-fn check(plan: &Plan) -> Result<(), Error> {
-    if plan.target.gopc.checked_add(STARTPC_FROM_GOPC) != Some(plan.target.startpc) {
-        return Err(Error::Plan(
-            "g.startpc does not lie 16 bytes after g.gopc, as it does in Go 1.18 to 1.27",
-        ));
-    }
-    if plan
-        .places
-        .iter()
-        .any(|place| usize::from(place.depth) > WAIT_FRAMES)
-    {
-        return Err(Error::Plan("a place wants more frames than are kept"));
-    }
-    Ok(())
 }
 
 fn map_error(what: &'static str) -> impl Fn(MapError) -> Error {
@@ -364,177 +389,235 @@ fn take_data(ebpf: &mut Ebpf, name: &'static str) -> Result<MapData, Error> {
     }
 }
 
-fn map_data(map: &Map) -> Option<&MapData> {
-    match map {
-        Map::Array(data)
-        | Map::PerCpuArray(data)
-        | Map::HashMap(data)
-        | Map::PerCpuHashMap(data)
-        | Map::Queue(data)
-        | Map::RingBuf(data) => Some(data),
-        _ => None,
+/// The verifier's answer, from aya.
+fn program_error(program: &'static str, error: ProgramError) -> Error {
+    let log = match &error {
+        ProgramError::LoadError { verifier_log, .. } => verifier_log.to_string(),
+        _ => String::new(),
+    };
+    let source = errno(&error).unwrap_or_else(|| std::io::Error::other(error));
+    Error::or_permission("bpf", source, |source| Error::Program {
+        program,
+        source,
+        log,
+    })
+}
+
+/// The path by which the kernel finds the file that a process runs or has mapped,
+/// also when it was deleted, replaced, or lies in another mount namespace.
+fn path(code: &Code, pid: NonZeroU32) -> String {
+    match code {
+        Code::Executable => format!("/proc/{pid}/exe"),
+        Code::File(file) => format!("/proc/self/fd/{}", file.as_raw_fd()),
     }
 }
 
-/// Loads every program for uprobe_multi links, over the maps that `ebpf` made.
-fn load_multi(ebpf: &Ebpf) -> Result<[OwnedFd; ProgramId::COUNT], Error> {
-    let broken = |error: &dyn std::fmt::Display| Error::Object(error.to_string());
-    let mut object = aya_obj::Object::parse(OBJECT).map_err(|error| broken(&error))?;
-    let maps: Vec<(String, aya_obj::Map)> = object.maps.drain().collect();
-    let mut located = Vec::with_capacity(maps.len());
-    for (name, map) in &maps {
-        let data = ebpf
-            .map(name)
-            .and_then(map_data)
-            .ok_or_else(|| Error::Object(format!("it has no map {name}")))?;
-        let fd = data.fd().as_fd().as_raw_fd();
-        located.push((name.as_str(), fd, map));
+/// The attach cookie of a place.
+fn at(cookie: Cookie, place: &Place) -> u64 {
+    Cookie {
+        argument: place.argument,
+        ..cookie
     }
-    let sections = object
-        .functions
-        .keys()
-        .map(|&(section, _)| section)
-        .collect();
-    object
-        .relocate_maps(located.into_iter(), &sections)
-        .map_err(|error| broken(&error))?;
-    object
-        .relocate_calls(&sections)
-        .map_err(|error| broken(&error))?;
-    object.sanitize_functions(aya::features());
-
-    let mut loaded = Vec::with_capacity(ProgramId::COUNT);
-    for id in ProgramId::all() {
-        let name = id.name();
-        let missing = || Error::Object(format!("it has no program {name}"));
-        let program = object.programs.get(name).ok_or_else(missing)?;
-        let function = object
-            .functions
-            .get(&program.function_key())
-            .ok_or_else(missing)?;
-        let fd = sys::load_multi_program(name, &function.instructions, &program.license).map_err(
-            |(source, log)| {
-                Error::or_permission("bpf", source, |source| Error::Program {
-                    program: name,
-                    source,
-                    log,
-                })
-            },
-        )?;
-        loaded.push(fd);
-    }
-    loaded
-        .try_into()
-        .map_err(|_| Error::Object("it has too few programs".to_owned()))
+    .pack()
 }
 
-fn uprobe(ebpf: &mut Ebpf, id: ProgramId) -> Result<&mut UProbe, Error> {
-    let name = id.name();
-    ebpf.program_mut(name)
-        .and_then(|program| program.try_into().ok())
-        .ok_or_else(|| Error::Object(format!("it has no program {name}")))
-}
-
-/// Loads every program for perf event links.
-fn load_perf_event(ebpf: &mut Ebpf) -> Result<(), Error> {
-    for id in ProgramId::all() {
-        uprobe(ebpf, id)?.load().map_err(|error| {
-            let log = match &error {
-                ProgramError::LoadError { verifier_log, .. } => verifier_log.to_string(),
-                _ => String::new(),
-            };
-            let source = errno(&error).unwrap_or_else(|| std::io::Error::other(error));
-            Error::or_permission("bpf", source, |source| Error::Program {
-                program: id.name(),
-                source,
-                log,
-            })
-        })?;
-    }
-    Ok(())
+fn not_attached(
+    call: &'static str,
+    pid: NonZeroU32,
+    place: &Place,
+    source: std::io::Error,
+) -> Error {
+    Error::or_permission(call, source, |source| Error::Attach {
+        pid: pid.get(),
+        role: place.role,
+        offset: place.offset,
+        file: match &place.code {
+            Code::Executable => "executable".to_owned(),
+            Code::File(_) => std::fs::read_link(path(&place.code, pid))
+                .map_or_else(|_| "file".to_owned(), |path| path.display().to_string()),
+        },
+        source,
+    })
 }
 
 impl State {
-    /// Attaches one program at `places` of `pid`'s executable, all or none.
+    /// Tells the kernel side where the kernel's own structs have their fields;
+    /// once.
+    fn describe_kernel(&mut self, what: &'static str) -> Result<(), Error> {
+        if self.types.is_some() {
+            return Ok(());
+        }
+        let unsupported = |why: String| Error::Unsupported { what, why };
+        let namespace = std::fs::metadata("/proc/self/ns/pid").map(|meta| meta.ino());
+        if namespace.ok() != Some(INITIAL_PID_NAMESPACE) {
+            return Err(unsupported(
+                "leakmon does not run in the initial pid namespace, whose process ids the \
+                 kernel gives (run it on the host, or in a container with the host's)"
+                    .to_owned(),
+            ));
+        }
+        let data = std::fs::read(BTF)
+            .map_err(|error| unsupported(format!("{BTF}: {error} (CONFIG_DEBUG_INFO_BTF)")))?;
+        let btf = Btf::parse(data).ok_or_else(|| unsupported(format!("{BTF} is malformed")))?;
+        let offset = |of: &str, member: &str| {
+            btf.offset(of, member)
+                .ok_or_else(|| unsupported(format!("this kernel has no {of}.{member}")))
+        };
+        let offsets = KernelOffsets {
+            pid: offset("task_struct", "pid")?,
+            state: offset("task_struct", "__state").or_else(|_| offset("task_struct", "state"))?,
+            nvcsw: offset("task_struct", "nvcsw")?,
+            nivcsw: offset("task_struct", "nivcsw")?,
+            signal: offset("task_struct", "signal")?,
+            live: offset("signal_struct", "live")?,
+        };
+        if offset("task_struct", "tgid")? != offsets.pid + 4 {
+            return Err(unsupported("task_struct.tgid is not behind pid".to_owned()));
+        }
+        self.offsets
+            .set(0, offsets, 0)
+            .map_err(map_error("describe the kernel"))?;
+        self.types = Some(btf);
+        Ok(())
+    }
+
+    /// The BTF id of a function of the kernel.
+    fn function(&self, what: &'static str, name: &str) -> Result<u32, Error> {
+        let id = self.types.as_ref().and_then(|types| types.function(name));
+        id.ok_or_else(|| Error::Unsupported {
+            what,
+            why: format!("this kernel has no {name}"),
+        })
+    }
+
+    /// aya's side of a program.
+    fn uprobe(&mut self, name: &'static str) -> Result<&mut UProbe, Error> {
+        self.ebpf
+            .program_mut(name)
+            .and_then(|program| program.try_into().ok())
+            .ok_or_else(|| Error::Object(format!("it has no program {name}")))
+    }
+
+    /// Loads a program unless it is.
+    fn prepare(&mut self, id: ProgramId) -> Result<(), Error> {
+        match self.way {
+            Way::Multi => {
+                let program = &mut self.programs[id.index()];
+                if program.is_none() {
+                    *program = Some(self.object.load(id.name(), ProgramType::UprobeMulti)?);
+                }
+                Ok(())
+            }
+            Way::PerfEvent => {
+                let program = self.uprobe(id.name())?;
+                if program.fd().is_ok() {
+                    return Ok(());
+                }
+                program
+                    .load()
+                    .map_err(|error| program_error(id.name(), error))
+            }
+        }
+    }
+
+    /// Attaches one program at `places` of `pid`, all or none.
     fn link(
         &mut self,
         id: ProgramId,
         pid: NonZeroU32,
         cookie: Cookie,
         places: &[&Place],
-    ) -> Result<Links, Error> {
-        // The kernel follows this link to the file that the process runs, also
-        // when it was deleted, replaced, or lies in another mount namespace.
-        let path = format!("/proc/{pid}/exe");
-        let failed = |call, place: &Place, source| {
-            Error::or_permission(call, source, |source| Error::Attach {
-                pid: pid.get(),
-                role: place.role,
-                offset: place.offset,
-                source,
-            })
-        };
-        let cookies: Vec<u64> = places
-            .iter()
-            .map(|place| {
-                Cookie {
-                    depth: place.depth,
-                    ..cookie
-                }
-                .pack()
-            })
-            .collect();
-        match &mut self.programs {
-            Programs::Multi(programs) => {
-                let program = programs[id.index()].as_fd();
-                let offsets: Vec<u64> = places.iter().map(|place| place.offset.0).collect();
-                let link = |offsets: &[u64], cookies: &[u64]| {
-                    sys::link_uprobes(program, &path, offsets, cookies, pid.get())
-                };
-                match link(&offsets, &cookies) {
-                    Ok(link) => Ok(Links::Multi(link)),
-                    Err(source) => {
-                        // The kernel does not say which: try one by one.
-                        let culprit = places
-                            .iter()
-                            .zip(offsets.iter().zip(&cookies))
-                            .find(|(_, (offset, cookie))| {
-                                link(std::slice::from_ref(offset), std::slice::from_ref(cookie))
-                                    .is_err()
-                            })
-                            .map(|(place, _)| *place)
-                            .or(places.first().copied());
-                        match culprit {
-                            Some(place) => Err(failed("bpf", place, source)),
-                            None => Err(Error::Plan("there is nothing to attach")),
-                        }
-                    }
+    ) -> Result<Vec<Links>, Error> {
+        self.prepare(id)?;
+        let mut links = Vec::new();
+        let mut rest = places.to_vec();
+        // File by file.
+        while let Some(first) = rest.first() {
+            let code = first.code.clone();
+            let (same, others): (Vec<&Place>, Vec<&Place>) =
+                rest.into_iter().partition(|place| place.code == code);
+            let linked = match self.way {
+                Way::Multi => self.link_multi(id, pid, cookie, &code, &same),
+                Way::PerfEvent => self.link_perf_events(id, pid, cookie, &code, &same),
+            };
+            match linked {
+                Ok(linked) => links.push(linked),
+                Err(error) => {
+                    detach(links);
+                    return Err(error);
                 }
             }
-            Programs::PerfEvent(ebpf) => {
-                let program = uprobe(ebpf, id)?;
-                let mut links = Vec::with_capacity(places.len());
-                for (place, cookie) in places.iter().zip(cookies) {
-                    let point = UProbeAttachPoint {
-                        location: UProbeAttachLocation::AbsoluteOffset(place.offset.0),
-                        cookie: Some(cookie),
-                    };
-                    let link = program
-                        .attach(point, &path, UProbeScope::OneProcess(pid))
-                        .and_then(|id| program.take_link(id));
-                    match link {
-                        Ok(link) => links.push(link),
-                        Err(error) => {
-                            detach(vec![Links::PerfEvent(links)]);
-                            let source =
-                                errno(&error).unwrap_or_else(|| std::io::Error::other(error));
-                            return Err(failed("perf_event_open", place, source));
-                        }
-                    }
+            rest = others;
+        }
+        Ok(links)
+    }
+
+    fn link_multi(
+        &self,
+        id: ProgramId,
+        pid: NonZeroU32,
+        cookie: Cookie,
+        code: &Code,
+        places: &[&Place],
+    ) -> Result<Links, Error> {
+        let program = self.programs[id.index()]
+            .as_ref()
+            .ok_or(Error::Plan("its program is not loaded"))?
+            .as_fd();
+        let path = path(code, pid);
+        let offsets: Vec<u64> = places.iter().map(|place| place.offset.0).collect();
+        let cookies: Vec<u64> = places.iter().map(|place| at(cookie, place)).collect();
+        let link = |offsets: &[u64], cookies: &[u64]| {
+            sys::link_uprobes(program, &path, offsets, cookies, pid.get())
+        };
+        link(&offsets, &cookies)
+            .map(Links::Multi)
+            .map_err(|source| {
+                // The kernel does not say which: try one by one.
+                let culprit = places
+                    .iter()
+                    .zip(offsets.iter().zip(&cookies))
+                    .find(|(_, (offset, cookie))| {
+                        link(std::slice::from_ref(offset), std::slice::from_ref(cookie)).is_err()
+                    })
+                    .map(|(place, _)| *place)
+                    .or(places.first().copied());
+                match culprit {
+                    Some(place) => not_attached("bpf", pid, place, source),
+                    None => Error::Plan("there is nothing to attach"),
                 }
-                Ok(Links::PerfEvent(links))
+            })
+    }
+
+    fn link_perf_events(
+        &mut self,
+        id: ProgramId,
+        pid: NonZeroU32,
+        cookie: Cookie,
+        code: &Code,
+        places: &[&Place],
+    ) -> Result<Links, Error> {
+        let path = path(code, pid);
+        let program = self.uprobe(id.name())?;
+        let mut links = Vec::with_capacity(places.len());
+        for place in places {
+            let point = UProbeAttachPoint {
+                location: UProbeAttachLocation::AbsoluteOffset(place.offset.0),
+                cookie: Some(at(cookie, place)),
+            };
+            let link = program
+                .attach(point, &path, UProbeScope::OneProcess(pid))
+                .and_then(|id| program.take_link(id));
+            match link {
+                Ok(link) => links.push(link),
+                Err(error) => {
+                    detach(vec![Links::PerfEvent(links)]);
+                    let source = errno(&error).unwrap_or_else(|| std::io::Error::other(error));
+                    return Err(not_attached("perf_event_open", pid, place, source));
+                }
             }
         }
+        Ok(Links::PerfEvent(links))
     }
 
     fn set_target(&mut self, index: u16, target: Target) -> Result<(), Error> {
@@ -596,16 +679,17 @@ impl State {
         Ok(sum)
     }
 
-    /// Hits and drops of one target, summed over the CPUs.
-    fn counters(&self, target: u16) -> Result<(Hits, Drops), Error> {
+    /// Hits and drops of one target, summed over the CPUs. `roles` are those of
+    /// its plan.
+    fn counters(&self, target: u16, roles: &[Role]) -> Result<(Hits, Drops), Error> {
         let counters = self
             .counters
             .get(&u32::from(target), 0)
             .map_err(map_error("read the hits"))?;
         let (mut hits, mut drops) = (Hits::default(), Drops::default());
         for counter in counters.iter() {
-            for (sum, hits) in hits.0.iter_mut().zip(counter.hits) {
-                *sum += hits;
+            for role in roles {
+                hits.0[role.index()] += counter.hits[role.program().slot];
             }
             for (sum, dropped) in drops.0.iter_mut().zip(counter.dropped) {
                 *sum += dropped;
@@ -696,8 +780,10 @@ pub struct Attached {
     index: u16,
     target: Target,
     plan: Plan,
+    /// The roles of the plan's places, in the order in which they are attached.
+    roles: Vec<Role>,
     tier: Tier,
-    links: Vec<(Role, Links)>,
+    links: Vec<(Role, Vec<Links>)>,
 }
 
 impl Attached {
@@ -725,26 +811,25 @@ impl Attached {
         let mut state = lock(&self.shared);
         let cookie = Cookie {
             target: self.index,
-            depth: 0,
+            argument: 0,
             epoch: self.target.epoch,
         };
         let mut added = Vec::new();
-        for role in Role::ALL {
+        for &role in &self.roles {
+            if role.tier() <= self.tier || role.tier() > tier {
+                continue;
+            }
             let places: Vec<&Place> = self
                 .plan
                 .places
                 .iter()
                 .filter(|place| place.role == role)
                 .collect();
-            let wanted = role.tier() > self.tier && role.tier() <= tier;
-            if !wanted || places.is_empty() {
-                continue;
-            }
             match state.link(ProgramId::Role(role), self.pid, cookie, &places) {
                 Ok(links) => added.push((role, links)),
                 Err(error) => {
                     drop(state);
-                    detach(added.into_iter().map(|(_, links)| links).collect());
+                    detach(added.into_iter().flat_map(|(_, links)| links).collect());
                     return Err(error);
                 }
             }
@@ -774,7 +859,7 @@ impl Attached {
             .partition(|(role, _)| role.tier() > tier);
         self.links = kept;
         self.tier = tier;
-        detach(gone.into_iter().map(|(_, links)| links).collect());
+        detach(gone.into_iter().flat_map(|(_, links)| links).collect());
         closed
     }
 
@@ -793,7 +878,7 @@ impl Attached {
     ///
     /// [`Error::Map`].
     pub fn hits(&self) -> Result<Hits, Error> {
-        Ok(lock(&self.shared).counters(self.index)?.0)
+        Ok(lock(&self.shared).counters(self.index, &self.roles)?.0)
     }
 
     /// Everything that was counted since the process was first attached.
@@ -819,7 +904,7 @@ impl Attached {
             let count = state.wait_count(slot)?;
             waits.push(WaitCounts {
                 site: key.site,
-                reason: key.reason as u8,
+                reason: key.reason,
                 pcs: key.pcs,
                 parks: count.parks,
                 resumes: count.resumes,
@@ -830,7 +915,7 @@ impl Attached {
             });
         }
         waits.sort_unstable_by_key(|wait| (wait.site, wait.reason, wait.pcs));
-        let (hits, drops) = state.counters(self.index)?;
+        let (hits, drops) = state.counters(self.index, &self.roles)?;
         Ok(Counts {
             sites,
             waits,
@@ -843,7 +928,7 @@ impl Attached {
 impl Drop for Attached {
     fn drop(&mut self) {
         let links = std::mem::take(&mut self.links);
-        detach(links.into_iter().map(|(_, links)| links).collect());
+        detach(links.into_iter().flat_map(|(_, links)| links).collect());
         let mut state = lock(&self.shared);
         let cleared = state.clear(self.index);
         state.indices[usize::from(self.index)] = match cleared {

@@ -10,13 +10,16 @@
 //! the target's memory. All that leakmon holds in the kernel hangs on its file
 //! descriptors: when it ends, in whatever way, the target is as it was.
 
+mod btf;
 mod budget;
 mod calibrate;
 mod counts;
 mod driver;
 mod error;
 mod kernel;
+mod object;
 mod plan;
+mod registers;
 mod sys;
 
 pub use budget::{FLOOR_PERCENT, Governor, Interval, MIN_SHARE, Reading, Step, cpu_time};
@@ -25,4 +28,5 @@ pub use counts::{Counts, Drops, Hits, WaitCounts};
 pub use driver::{Driver, Status};
 pub use error::Error;
 pub use kernel::{Attached, Empty, Kernel, Limits, Way};
-pub use plan::{Place, Plan, Role, TargetLayout, Tier};
+pub use plan::{Code, Layout, Place, Plan, Role, Tier};
+pub use registers::ThreadRegisters;

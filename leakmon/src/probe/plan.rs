@@ -1,116 +1,145 @@
 //! What is to be probed in one process: plain data that a runtime fills in and
 //! [`super::Kernel::attach`] attaches.
 
+use std::fs::File;
+use std::sync::Arc;
+
+pub use leakmon_common::Layout;
+use leakmon_common::go::slot as go;
+
 use crate::binary::addr::FileOffset;
 pub use crate::task::Tier;
 
-/// Where the kernel side finds what it reads in a `runtime.g`, in bytes from
-/// its start. They differ between Go's versions; see the layouts of
-/// `runtime::go`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TargetLayout {
-    /// `g.goid`, the goroutine's id (u64).
-    pub goid: u16,
-    /// `g.gopc`, the return address of the `go` statement.
-    pub gopc: u16,
-    /// `g.startpc`, the entry of the goroutine's function. The kernel side reads it
-    /// together with `gopc`: it must lie 16 bytes after it.
-    pub startpc: u16,
-    /// `g.waitreason` (u8). Read by [`Role::ParkUniversal`] only.
-    pub waitreason: u16,
-    /// `g.sched.bp`, the saved frame pointer. Read by [`Role::ParkUniversal`]
-    /// only.
-    pub sched_bp: u16,
-    /// Wait reasons (bit `n` for Go's reason number `n`) that
-    /// [`Role::ParkUniversal`] counts; the others are ignored. The other roles
-    /// count every reason.
-    pub reasons: u64,
-}
-
-/// What happens at a place, and so in which registers the kernel side finds
-/// what it counts. amd64's register is named first, then arm64's.
+/// What happens at a place, and so which program counts it and in which
+/// registers it finds what it counts. amd64's register is named first, then
+/// arm64's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Role {
-    /// A goroutine was made: BX / X1 is its `g`, with every field set
+    /// Go: a goroutine was made: BX / X1 is its `g`, with every field set
     /// (`CALL runqput` in `newproc.func1`).
     Spawn,
-    /// A goroutine was made: AX / X0 is its `g` (behind `CALL newproc1`, where
-    /// `runqput` is inlined).
+    /// Go: a goroutine was made: AX / X0 is its `g` (behind `CALL newproc1`,
+    /// where `runqput` is inlined).
     SpawnReturned,
-    /// A goroutine ends: AX / X0 is its `g` (`goexit0`, after its stack check).
+    /// Go: a goroutine ends: AX / X0 is its `g` (`goexit0`, after its stack
+    /// check).
     Exit,
-    /// A goroutine is about to wait: R14 / X28 is its `g`, CX / X2 the reason,
-    /// RBP / X29 its frame pointer (`CALL gopark`).
+    /// Go: a goroutine is about to wait: R14 / X28 is its `g`, CX / X2 the
+    /// reason, RBP / X29 its frame pointer (`CALL gopark`). The place's argument
+    /// is the number of return addresses to keep.
     Park,
-    /// A goroutine goes on: R14 / X28 is its `g` (behind `CALL gopark`).
+    /// Go: a goroutine goes on: R14 / X28 is its `g` (behind `CALL gopark`).
     Resume,
-    /// A goroutine waits: AX / X0 is its `g`, the reason is in it (`park_m`,
-    /// after its stack check).
+    /// Go: a goroutine waits: AX / X0 is its `g`, the reason is in it (`park_m`,
+    /// after its stack check). The argument is as for [`Role::Park`].
     ParkUniversal,
-    /// A goroutine is made ready to run: AX / X0 is its `g` (`runtime.ready`,
-    /// after its stack check). Ends the wait in place of [`Role::Resume`].
+    /// Go: a goroutine is made ready to run: AX / X0 is its `g`
+    /// (`runtime.ready`, after its stack check). Ends the wait in place of
+    /// [`Role::Resume`].
     Ready,
 }
 
-impl Role {
-    /// Every role, in the order of [`Role::index`].
-    pub const ALL: [Role; 7] = [
-        Role::Spawn,
-        Role::SpawnReturned,
-        Role::Exit,
-        Role::Park,
-        Role::Resume,
-        Role::ParkUniversal,
-        Role::Ready,
-    ];
+/// What the kernel side has for a role.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Program {
+    pub(super) role: Role,
+    /// The function's name in leakmon-ebpf.
+    pub(super) function: &'static str,
+    /// Where its hits are counted; each runtime numbers its own.
+    pub(super) slot: usize,
+    /// The lowest tier in which it is attached.
+    pub(super) tier: Tier,
+    /// The word in messages.
+    pub(super) name: &'static str,
+}
 
-    /// Position in [`Role::ALL`].
-    pub fn index(self) -> usize {
+/// Every program, in the order of [`Role`]'s variants. Adding a runtime adds
+/// its lines here.
+#[rustfmt::skip]
+pub(super) const PROGRAMS: [Program; 7] = {
+    use Tier::{Blocking, Lifecycle};
+    const fn program(role: Role, function: &'static str, slot: usize, tier: Tier, name: &'static str) -> Program {
+        Program { role, function, slot, tier, name }
+    }
+    [
+        program(Role::Spawn, "go_spawn", go::SPAWN, Lifecycle, "spawn"),
+        program(Role::SpawnReturned, "go_spawn_returned", go::SPAWN_RETURNED, Lifecycle, "spawn (returned)"),
+        program(Role::Exit, "go_exit", go::EXIT, Lifecycle, "exit"),
+        program(Role::Park, "go_park", go::PARK, Blocking, "park"),
+        program(Role::Resume, "go_resume", go::RESUME, Blocking, "resume"),
+        program(Role::ParkUniversal, "go_park_universal", go::PARK_UNIVERSAL, Blocking, "park (universal)"),
+        program(Role::Ready, "go_ready", go::READY, Blocking, "ready"),
+    ]
+};
+
+impl Role {
+    /// Every role, in the order in which they are attached.
+    pub fn all() -> impl Iterator<Item = Role> {
+        PROGRAMS.iter().map(|program| program.role)
+    }
+
+    /// Position in [`PROGRAMS`].
+    pub(super) fn index(self) -> usize {
         self as usize
+    }
+
+    pub(super) fn program(self) -> &'static Program {
+        &PROGRAMS[self.index()]
     }
 
     /// The lowest tier in which places of this role are attached.
     pub fn tier(self) -> Tier {
-        match self {
-            Role::Spawn | Role::SpawnReturned | Role::Exit => Tier::Lifecycle,
-            Role::Park | Role::Resume | Role::ParkUniversal | Role::Ready => Tier::Blocking,
-        }
+        self.program().tier
     }
 
     /// The word in messages.
     pub fn name(self) -> &'static str {
-        match self {
-            Role::Spawn => "spawn",
-            Role::SpawnReturned => "spawn (returned)",
-            Role::Exit => "exit",
-            Role::Park => "park",
-            Role::Resume => "resume",
-            Role::ParkUniversal => "park (universal)",
-            Role::Ready => "ready",
+        self.program().name
+    }
+}
+
+/// The file that a place lies in.
+#[derive(Clone, Debug, Default)]
+pub enum Code {
+    /// The process's executable.
+    #[default]
+    Executable,
+    /// Another file that the process has mapped, opened by whoever proved the
+    /// place.
+    File(Arc<File>),
+}
+
+impl PartialEq for Code {
+    /// Two files are equal when they were opened at once.
+    fn eq(&self, other: &Code) -> bool {
+        match (self, other) {
+            (Code::Executable, Code::Executable) => true,
+            (Code::File(file), Code::File(other)) => Arc::ptr_eq(file, other),
+            _ => false,
         }
     }
 }
 
 /// One instruction to be probed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Place {
-    /// Of the instruction, in the process's executable. The caller has proven
-    /// that an instruction starts here.
+    /// The file that it is in.
+    pub code: Code,
+    /// Where in the file. The caller has proven that an instruction starts here.
     pub offset: FileOffset,
     /// What happens here.
     pub role: Role,
-    /// Return addresses kept of a wait's stack, innermost first; at most
-    /// [`leakmon_common::WAIT_FRAMES`]. Used by [`Role::Park`] and
-    /// [`Role::ParkUniversal`].
-    pub depth: u8,
+    /// What the role's program must know of this place alone; see [`Role`].
+    pub argument: u16,
 }
 
-/// Everything that can be attached to one process.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Everything that can be attached to one process for one runtime.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    /// The layout of the runtime's structs.
-    pub target: TargetLayout,
-    /// The places, of all tiers. No two have equal offsets and roles.
+    /// The layout of the runtime's structs, as its programs understand it: the
+    /// words of `leakmon_common::go::Layout` and the like.
+    pub layout: Layout,
+    /// The places, of all tiers. No two have equal files, offsets and roles.
     pub places: Vec<Place>,
 }
 
@@ -138,36 +167,31 @@ mod tests {
 
     fn place(role: Role) -> Place {
         Place {
+            code: Code::Executable,
             offset: FileOffset(role.index() as u64),
             role,
-            depth: 0,
+            argument: 0,
         }
     }
 
     fn plan(places: Vec<Place>) -> Plan {
         Plan {
-            target: TargetLayout {
-                goid: 152,
-                gopc: 288,
-                startpc: 304,
-                waitreason: 176,
-                sched_bp: 96,
-                reasons: !0,
-            },
+            layout: Layout::default(),
             places,
         }
     }
 
     #[test]
     fn roles_are_indexed_in_order() {
-        for (index, role) in Role::ALL.into_iter().enumerate() {
+        for (index, role) in Role::all().enumerate() {
             assert_eq!(role.index(), index);
+            assert!(role.program().slot < leakmon_common::SLOTS);
         }
     }
 
     #[test]
     fn a_tier_holds_the_tiers_below() {
-        let plan = plan(Role::ALL.map(place).to_vec());
+        let plan = plan(Role::all().take(7).map(place).collect());
         assert_eq!(plan.places(Tier::Census).count(), 0);
         assert_eq!(plan.places(Tier::Lifecycle).count(), 3);
         assert_eq!(plan.places(Tier::Blocking).count(), 7);

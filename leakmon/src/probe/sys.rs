@@ -2,8 +2,9 @@
 //! `BPF_TRACE_UPROBE_MULTI`, and batches of map entries.
 
 use std::ffi::{CStr, CString};
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
 use aya::Pod;
 use aya_obj::generated::bpf_insn;
@@ -13,8 +14,30 @@ const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
 const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_ITER_CREATE: libc::c_long = 33;
 const BPF_PROG_TYPE_KPROBE: u32 = 2;
+const BPF_PROG_TYPE_TRACING: u32 = 26;
+const BPF_TRACE_ITER: u32 = 28;
 const BPF_TRACE_UPROBE_MULTI: u32 = 48;
+
+/// What a program is loaded as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ProgramType {
+    /// For [`link_uprobes`].
+    UprobeMulti,
+    /// For [`iterate_tasks`]; the BTF id of the kernel's `bpf_iter_task`.
+    TaskIterator(u32),
+}
+
+impl ProgramType {
+    /// `bpf_attr`'s `prog_type`, `expected_attach_type` and `attach_btf_id`.
+    fn numbers(self) -> (u32, u32, u32) {
+        match self {
+            ProgramType::UprobeMulti => (BPF_PROG_TYPE_KPROBE, BPF_TRACE_UPROBE_MULTI, 0),
+            ProgramType::TaskIterator(id) => (BPF_PROG_TYPE_TRACING, BPF_TRACE_ITER, id),
+        }
+    }
+}
 
 /// Bytes of verifier output kept when a program is refused.
 const LOG_SIZE: usize = 64 * 1024;
@@ -35,6 +58,14 @@ struct ProgLoad {
     prog_name: [u8; 16],
     prog_ifindex: u32,
     expected_attach_type: u32,
+    prog_btf_fd: u32,
+    func_info_rec_size: u32,
+    func_info: u64,
+    func_info_cnt: u32,
+    line_info_rec_size: u32,
+    line_info: u64,
+    line_info_cnt: u32,
+    attach_btf_id: u32,
 }
 
 /// `bpf_attr` of `BPF_LINK_CREATE` with its `uprobe_multi` part.
@@ -53,6 +84,38 @@ struct LinkCreate {
     multi_flags: u32,
     pid: u32,
     reserved: u32,
+}
+
+/// `bpf_attr` of `BPF_LINK_CREATE` with its iterator part.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct IteratorLink {
+    prog_fd: u32,
+    target_fd: u32,
+    attach_type: u32,
+    flags: u32,
+    info: u64,
+    info_len: u32,
+    reserved: u32,
+}
+
+/// `bpf_iter_link_info` for the task iterator (kernel 6.1 and later; earlier
+/// ones do not read it).
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct TaskInfo {
+    tid: u32,
+    pid: u32,
+    pid_fd: u32,
+    reserved: u32,
+}
+
+/// `bpf_attr` of `BPF_ITER_CREATE`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct IteratorCreate {
+    link_fd: u32,
+    flags: u32,
 }
 
 /// `bpf_attr` of the batch calls.
@@ -95,20 +158,21 @@ fn raw(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd().cast_unsigned()
 }
 
-/// Loads a program that can be attached by [`link_uprobes`]. The error's second
-/// part is the verifier's output.
-pub(super) fn load_multi_program(
+/// Loads a program. The error's second part is the verifier's output.
+pub(super) fn load_program(
     name: &str,
+    program_type: ProgramType,
     instructions: &[bpf_insn],
     license: &CStr,
 ) -> Result<OwnedFd, (io::Error, String)> {
+    let (prog_type, expected_attach_type, attach_btf_id) = program_type.numbers();
     let load = |log: &mut [u8]| {
         let mut prog_name = [0; 16];
         for (to, from) in prog_name.iter_mut().take(15).zip(name.bytes()) {
             *to = from;
         }
         let mut attr = ProgLoad {
-            prog_type: BPF_PROG_TYPE_KPROBE,
+            prog_type,
             insn_cnt: u32::try_from(instructions.len()).map_err(io::Error::other)?,
             insns: instructions.as_ptr() as u64,
             license: license.as_ptr() as u64,
@@ -123,7 +187,15 @@ pub(super) fn load_multi_program(
             prog_flags: 0,
             prog_name,
             prog_ifindex: 0,
-            expected_attach_type: BPF_TRACE_UPROBE_MULTI,
+            expected_attach_type,
+            prog_btf_fd: 0,
+            func_info_rec_size: 0,
+            func_info: 0,
+            func_info_cnt: 0,
+            line_info_rec_size: 0,
+            line_info: 0,
+            line_info_cnt: 0,
+            attach_btf_id,
         };
         // SAFETY: the pointers are of slices that outlive the call, with their
         // own lengths, and of a terminated string.
@@ -167,6 +239,36 @@ pub(super) fn link_uprobes(
     // SAFETY: a terminated string and two slices of `cnt` elements, all of which
     // outlive the call.
     unsafe { bpf(BPF_LINK_CREATE, &mut attr) }.and_then(owned)
+}
+
+/// A file whose bytes are what the iterator `program` writes for the threads of
+/// process `pid`; before kernel 6.1, for every thread of the machine.
+pub(super) fn iterate_tasks(program: BorrowedFd<'_>, pid: u32) -> io::Result<File> {
+    let info = TaskInfo {
+        tid: 0,
+        pid,
+        pid_fd: 0,
+        reserved: 0,
+    };
+    let mut attr = IteratorLink {
+        prog_fd: raw(program),
+        target_fd: 0,
+        attach_type: BPF_TRACE_ITER,
+        flags: 0,
+        info: &raw const info as u64,
+        info_len: u32::try_from(size_of::<TaskInfo>()).map_err(io::Error::other)?,
+        reserved: 0,
+    };
+    // SAFETY: `info` outlives the call and has its length.
+    let link = unsafe { bpf(BPF_LINK_CREATE, &mut attr) }.and_then(owned)?;
+    let mut attr = IteratorCreate {
+        link_fd: raw(link.as_fd()),
+        flags: 0,
+    };
+    // SAFETY: no pointers.
+    unsafe { bpf(BPF_ITER_CREATE, &mut attr) }
+        .and_then(owned)
+        .map(File::from)
 }
 
 /// Every entry of a hash map with `width` values for each key (1, or one for

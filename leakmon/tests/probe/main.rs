@@ -1,6 +1,7 @@
-//! The kernel side against a running Go program. Needs root and a Go toolchain.
+//! The kernel side against running programs. Needs root and a Go toolchain.
 
 mod target;
+mod threads;
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -161,6 +162,7 @@ fn what_does_not_fit_is_counted_as_dropped_and_logged() {
         sites: 1,
         goroutines: 4,
         waits: 2,
+        ..Limits::for_cpus(1)
     };
     let kernel = Kernel::load_with(Way::Multi, limits).unwrap();
     let attached = kernel
@@ -177,7 +179,7 @@ fn what_does_not_fit_is_counted_as_dropped_and_logged() {
     // 100 + 1 goroutines of the other sites come and go.
     assert_eq!(losses["site map full"], 202);
     assert!(
-        losses.contains_key("map of waiting goroutines full"),
+        losses.contains_key("map of waiting tasks full"),
         "{losses:?}"
     );
 }
@@ -186,7 +188,7 @@ fn what_does_not_fit_is_counted_as_dropped_and_logged() {
 fn the_universal_places_count_the_same() {
     let _alone = alone();
     // Go 1.26's number of "chan receive".
-    const CHAN_RECEIVE: u8 = 19;
+    const CHAN_RECEIVE: u32 = 19;
     let mut target = Target::start();
     let kernel = Kernel::load().unwrap();
     let plan = target::universal_plan(&target::binary(), 1 << CHAN_RECEIVE);
@@ -284,10 +286,11 @@ fn a_place_that_cannot_be_probed_is_named_and_nothing_stays() {
         let mut target = Target::start();
         let kernel = Kernel::load_for(way).unwrap();
         let mut plan = target.plan();
-        let mut bad = *plan
+        let mut bad = plan
             .places
             .iter()
             .find(|place| place.role == Role::Exit)
+            .cloned()
             .unwrap();
         bad.offset.0 = 1 << 40;
         plan.places.push(bad);
@@ -391,7 +394,7 @@ fn the_calibrated_cost_is_that_of_a_real_program() {
         let empty = kernel
             .attach_empty(
                 target.pid(),
-                &target.plan().places(tier).copied().collect::<Vec<_>>(),
+                &target.plan().places(tier).cloned().collect::<Vec<_>>(),
             )
             .unwrap();
         let cpu = target.cpu();

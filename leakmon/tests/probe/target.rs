@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
 use leakmon::binary::addr::FileOffset;
-use leakmon::probe::{Place, Plan, Role, TargetLayout};
+use leakmon::probe::{Code, Place, Plan, Role};
+use leakmon_common::go::Layout;
 use object::{Object as _, ObjectSegment as _, ObjectSymbol as _};
 
 /// Functions that call `gopark` for channels and locks.
@@ -213,9 +214,10 @@ pub(crate) fn plan(binary: &Path) -> Plan {
     let mut places = Vec::new();
     let mut place = |address, role, depth| {
         places.push(Place {
+            code: Code::Executable,
             offset: offset(&file, address),
             role,
-            depth,
+            argument: depth,
         });
     };
     let (runqput, _) = find("runtime.runqput").unwrap();
@@ -260,16 +262,15 @@ pub(crate) fn plan(binary: &Path) -> Plan {
         }
     }
     Plan {
-        target: LAYOUT,
+        layout: LAYOUT.words(),
         places,
     }
 }
 
 /// The fields of `runtime.g` in Go 1.26.
-const LAYOUT: TargetLayout = TargetLayout {
+const LAYOUT: Layout = Layout {
     goid: 152,
     gopc: 288,
-    startpc: 304,
     waitreason: 176,
     sched_bp: 96,
     reasons: !0,
@@ -285,9 +286,10 @@ pub(crate) fn universal_plan(binary: &Path, reasons: u64) -> Plan {
         (*start, decode(&file, *start, *size))
     };
     let place = |address, role| Place {
+        code: Code::Executable,
         offset: offset(&file, address),
         role,
-        depth: 4,
+        argument: 4,
     };
     let push = |name| {
         let (_, code) = code(name);
@@ -306,7 +308,7 @@ pub(crate) fn universal_plan(binary: &Path, reasons: u64) -> Plan {
         .unwrap();
     let spawn = &newproc[call + 1];
     Plan {
-        target: TargetLayout { reasons, ..LAYOUT },
+        layout: Layout { reasons, ..LAYOUT }.words(),
         places: vec![
             place(spawn.ip(), Role::SpawnReturned),
             place(push("runtime.goexit0"), Role::Exit),

@@ -1,6 +1,8 @@
 //! What is probed in a Go program, and what the counts mean.
 
-use crate::probe::{Counts, Place, Plan, TargetLayout};
+use leakmon_common::go::{Layout, STARTPC_FROM_GOPC};
+
+use crate::probe::{Code, Counts, Place, Plan};
 use crate::process::memory::Memory;
 use crate::runtime::Probes;
 use crate::task::{Flow, SiteFlow, SiteKey, WaitFlow};
@@ -41,9 +43,10 @@ pub fn find(program: &Program) -> Result<Probes, Refusal> {
                 Refusal::Unproven(format!("{} lies outside of its file", place.function))
             })?;
             places.push(Place {
+                code: Code::Executable,
                 offset,
                 role: place.role,
-                depth: place.depth,
+                argument: u16::from(place.depth),
             });
         }
         Ok::<(), Refusal>(())
@@ -60,14 +63,14 @@ pub fn find(program: &Program) -> Result<Probes, Refusal> {
     };
     Ok(Probes {
         plan: Plan {
-            target: target_layout(program)?,
+            layout: layout(program)?.words(),
             places,
         },
         blocking_refused,
     })
 }
 
-fn target_layout(program: &Program) -> Result<TargetLayout, Refusal> {
+fn layout(program: &Program) -> Result<Layout, Refusal> {
     let g = &program.layout.g;
     let narrow = |offset: usize| {
         u16::try_from(offset).map_err(|_| Refusal::Unproven("runtime.g is too large".to_owned()))
@@ -84,10 +87,15 @@ fn target_layout(program: &Program) -> Result<TargetLayout, Refusal> {
         .enumerate()
         .filter(|(number, reason)| *number < 64 && counted(reason))
         .fold(0, |mask, (number, _)| mask | 1u64 << number);
-    Ok(TargetLayout {
+    if g.gopc + usize::from(STARTPC_FROM_GOPC) != g.startpc {
+        return Err(Refusal::Unproven(
+            "g.startpc does not lie 16 bytes after g.gopc, as it does in Go 1.18 to 1.27"
+                .to_owned(),
+        ));
+    }
+    Ok(Layout {
         goid: narrow(g.goid)?,
         gopc: narrow(g.gopc)?,
-        startpc: narrow(g.startpc)?,
         waitreason: narrow(g.waitreason)?,
         sched_bp: narrow(g.sched_bp)?,
         reasons,
@@ -110,7 +118,7 @@ pub fn flow<M: Memory>(census: &mut Census<M>, counts: &Counts) -> Flow {
         let kept = wait.pcs.iter().position(|pc| *pc == 0);
         waits.push(WaitFlow {
             site: wait.site,
-            reason: census.program().wait_reason_or_number(wait.reason),
+            reason: census.program().wait_reason_or_number(wait.reason as u8),
             stack: census.stack_of(&wait.pcs[..kept.unwrap_or(wait.pcs.len())]),
             parks: wait.parks,
             resumes: wait.resumes,

@@ -1,0 +1,200 @@
+//! What the programs of all runtimes do alike: count a hit, a spawn, an exit, a
+//! wait.
+
+use core::arch::asm;
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::BPF_NOEXIST,
+    helpers::{bpf_get_attach_cookie, bpf_probe_read_user},
+};
+use aya_log_ebpf::warn;
+use leakmon_common::{
+    Cookie, Counters, Dropped, NO_SLOT, SiteCount, SiteKey, Target, TargetSite, WAIT_FRAMES,
+    WaitKey, histogram_bucket,
+};
+
+use crate::maps::{COUNTERS, FREE_SLOTS, SITES, TARGETS, WAIT_COUNTS, WAITS};
+
+/// Adds to a counter that other programs add to as well. The address is taken
+/// as a pointer, since no reference to it is exclusive.
+///
+/// # Safety
+///
+/// `counter` must point into a map's value and be aligned to 8 bytes.
+#[inline(always)]
+pub unsafe fn add(counter: *mut u64, value: u64) {
+    // The BPF target has no atomic types; this is the one instruction of theirs
+    // that is needed.
+    // SAFETY: one aligned 8-byte write to what the caller vouches for.
+    unsafe {
+        asm!(
+            "lock *(u64 *)({counter} + 0) += {value}",
+            counter = in(reg) counter,
+            value = in(reg) value,
+            options(nostack),
+        );
+    }
+}
+
+/// What every program needs to count one hit.
+pub struct Hit<'a> {
+    pub cookie: Cookie,
+    pub target: &'a Target,
+    counters: *mut Counters,
+}
+
+impl Hit<'_> {
+    /// Counts a hit of the program with this slot; `None` when the link is not
+    /// of the target that has the cookie's index now.
+    ///
+    /// # Safety
+    ///
+    /// `ctx` is the context of a program that has attach cookies.
+    #[inline(always)]
+    pub unsafe fn new<const SLOT: usize>(ctx: *mut c_void) -> Option<Self> {
+        // SAFETY: as the caller says.
+        let cookie = Cookie::unpack(unsafe { bpf_get_attach_cookie(ctx) });
+        Self::of::<SLOT>(cookie)
+    }
+
+    /// The same for a target that is known otherwise than by a link.
+    #[inline(always)]
+    pub fn of<const SLOT: usize>(cookie: Cookie) -> Option<Self> {
+        let index = u32::from(cookie.target);
+        let target = TARGETS.get(index)?;
+        if target.epoch != cookie.epoch {
+            return None;
+        }
+        let counters = COUNTERS.get_ptr_mut(index)?;
+        // SAFETY: the map's value.
+        unsafe { add(&raw mut (*counters).hits[SLOT], 1) };
+        Some(Self {
+            cookie,
+            target,
+            counters,
+        })
+    }
+
+    /// Counts a hit that is not counted otherwise. True for the first ones of
+    /// their kind on this CPU.
+    #[inline(always)]
+    pub fn dropped(&self, reason: Dropped) -> bool {
+        // SAFETY: the map's value.
+        unsafe {
+            let counter = &raw mut (*self.counters).dropped[reason as usize];
+            let first = counter.read_volatile() == 0;
+            add(counter, 1);
+            first
+        }
+    }
+
+    /// Reads a field of a struct of the target.
+    #[inline(always)]
+    pub fn read<T>(&self, base: u64, offset: u16) -> Option<T> {
+        let at = base.wrapping_add(u64::from(offset)) as *const T;
+        // SAFETY: the helper checks the address and reports a fault.
+        let value = unsafe { bpf_probe_read_user(at) }.ok();
+        if value.is_none() {
+            self.dropped(Dropped::Unreadable);
+        }
+        value
+    }
+
+    /// Counts a spawn or exit at a site.
+    #[inline(always)]
+    pub fn count<C: EbpfContext>(&self, ctx: &C, site: SiteKey, end: End) {
+        let key = TargetSite {
+            target: u64::from(self.cookie.target),
+            site,
+        };
+        let mut count = SITES.get_ptr_mut(key);
+        if count.is_none() {
+            // Only when nobody else did meanwhile: theirs may have counted already.
+            let _ = SITES.insert(key, SiteCount::default(), u64::from(BPF_NOEXIST));
+            count = SITES.get_ptr_mut(key);
+        }
+        let Some(count) = count else {
+            if self.dropped(Dropped::SitesFull) {
+                warn!(ctx, "the map of spawn sites is full");
+            }
+            return;
+        };
+        // SAFETY: the map's value; entries are removed after the last program of
+        // their target.
+        unsafe {
+            match end {
+                End::Spawned => add(&raw mut (*count).spawned, 1),
+                End::Exited => add(&raw mut (*count).exited, 1),
+            }
+        }
+    }
+
+    /// The slot of a kind of wait; [`NO_SLOT`] when there is none free.
+    #[inline(always)]
+    pub fn wait_slot<C: EbpfContext>(
+        &self,
+        ctx: &C,
+        site: SiteKey,
+        reason: u32,
+        pcs: [u64; WAIT_FRAMES],
+    ) -> u32 {
+        let key = WaitKey {
+            target: u32::from(self.cookie.target),
+            reason,
+            site,
+            pcs,
+        };
+        // SAFETY: values of this map never change; entries are removed after the
+        // last program of their target.
+        if let Some(slot) = unsafe { WAITS.get(key) } {
+            return *slot;
+        }
+        if let Ok(Some(slot)) = FREE_SLOTS.pop() {
+            if WAITS.insert(key, slot, u64::from(BPF_NOEXIST)).is_ok() {
+                return slot;
+            }
+            // Somebody else was faster, or the map is full.
+            let _ = FREE_SLOTS.push(slot, 0);
+            // SAFETY: as above.
+            if let Some(slot) = unsafe { WAITS.get(key) } {
+                return *slot;
+            }
+        }
+        if self.dropped(Dropped::WaitsFull) {
+            warn!(ctx, "the map of waits is full");
+        }
+        NO_SLOT
+    }
+}
+
+/// What became of a task.
+#[derive(Clone, Copy)]
+pub enum End {
+    Spawned,
+    Exited,
+}
+
+/// Counts that a task blocked.
+#[inline(always)]
+pub fn count_park(slot: u32) {
+    if let Some(count) = WAIT_COUNTS.get_ptr_mut(slot) {
+        // SAFETY: the map's value.
+        unsafe { add(&raw mut (*count).parks, 1) };
+    }
+}
+
+/// Counts that a task went on that was blocked for so long.
+#[inline(always)]
+pub fn count_resume(slot: u32, nanos: u64) {
+    let Some(count) = WAIT_COUNTS.get_ptr_mut(slot) else {
+        return;
+    };
+    // SAFETY: the map's value; the bucket is below the histogram's length.
+    unsafe {
+        add(&raw mut (*count).resumes, 1);
+        add(&raw mut (*count).total_ns, nanos);
+        add(&raw mut (*count).histogram[histogram_bucket(nanos)], 1);
+    }
+}

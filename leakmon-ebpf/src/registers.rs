@@ -1,0 +1,114 @@
+//! The registers of a process's threads, by a task iterator: one record a
+//! thread, written when user space reads.
+
+use core::ffi::c_void;
+
+use aya_ebpf::helpers::{
+    bpf_probe_read_kernel,
+    generated::{bpf_seq_write, bpf_task_pt_regs},
+};
+use leakmon_common::threads::ThreadRecord;
+
+use crate::maps::{ITERATED, KERNEL_OFFSETS};
+
+/// `struct bpf_iter__task` (kernel/bpf/task_iter.c).
+#[repr(C)]
+struct Context {
+    meta: *const Meta,
+    task: *mut c_void,
+}
+
+/// `struct bpf_iter_meta` (include/linux/bpf.h), as far as it is read.
+#[repr(C)]
+struct Meta {
+    seq: *mut c_void,
+}
+
+/// Positions in `struct pt_regs` (arch/x86/include/asm/ptrace.h), in words.
+#[cfg(bpf_target_arch = "x86_64")]
+pub mod user {
+    /// Words of the struct.
+    pub const WORDS: usize = 21;
+    pub const FRAME: usize = 4;
+    pub const SYSCALL: usize = 15;
+    pub const IP: usize = 16;
+    pub const SP: usize = 19;
+    /// None.
+    pub const LINK: Option<usize> = None;
+
+    /// `orig_ax`.
+    #[inline(always)]
+    pub fn syscall(regs: &[u64; WORDS]) -> i64 {
+        regs[SYSCALL] as i64
+    }
+}
+
+/// Positions in `struct pt_regs` (arch/arm64/include/asm/ptrace.h), in words.
+#[cfg(bpf_target_arch = "aarch64")]
+pub mod user {
+    /// Words of the struct that are read.
+    pub const WORDS: usize = 36;
+    pub const FRAME: usize = 29;
+    pub const LINK: Option<usize> = Some(30);
+    pub const SP: usize = 31;
+    pub const IP: usize = 32;
+    pub const SYSCALL: usize = 35;
+
+    /// `syscallno`, an s32.
+    #[inline(always)]
+    pub fn syscall(regs: &[u64; WORDS]) -> i64 {
+        i64::from(regs[SYSCALL] as i32)
+    }
+}
+
+/// Reads a field of a struct of the kernel's.
+#[inline(always)]
+pub fn kernel<T>(base: *const c_void, offset: u32) -> Option<T> {
+    let at = base.wrapping_byte_add(offset as usize).cast::<T>();
+    // SAFETY: the helper checks the address and reports a fault.
+    unsafe { bpf_probe_read_kernel(at) }.ok()
+}
+
+/// Writes one record for each thread of the process in `ITERATED`.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/task")]
+pub extern "C" fn thread_registers(context: *mut c_void) -> u32 {
+    // SAFETY: the kernel passes this struct.
+    let context = unsafe { &*context.cast::<Context>() };
+    if !context.task.is_null() {
+        write(context);
+    }
+    0
+}
+
+#[inline(always)]
+fn write(context: &Context) -> Option<()> {
+    let offsets = KERNEL_OFFSETS.get(0)?;
+    let [tid, tgid] = kernel::<[u32; 2]>(context.task, offsets.pid)?;
+    if tgid != *ITERATED.get(0)? {
+        return None;
+    }
+    // SAFETY: the iterator's own task.
+    let regs = unsafe { bpf_task_pt_regs(context.task.cast()) } as *const c_void;
+    let regs = kernel::<[u64; user::WORDS]>(regs, 0)?;
+    let record = ThreadRecord {
+        voluntary: kernel(context.task, offsets.nvcsw)?,
+        involuntary: kernel(context.task, offsets.nivcsw)?,
+        ip: regs[user::IP],
+        sp: regs[user::SP],
+        frame: regs[user::FRAME],
+        link: user::LINK.map_or(0, |link| regs[link]),
+        syscall: user::syscall(&regs),
+        tid,
+        state: kernel(context.task, offsets.state)?,
+    };
+    // SAFETY: the iterator's own file, and a record on the stack.
+    unsafe {
+        bpf_seq_write(
+            (*context.meta).seq.cast(),
+            (&raw const record).cast_mut().cast(),
+            size_of::<ThreadRecord>() as u32,
+        );
+    }
+    Some(())
+}
