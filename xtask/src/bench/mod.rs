@@ -6,6 +6,7 @@ mod census;
 mod hits;
 mod sample;
 mod start;
+mod system;
 mod table;
 mod throughput;
 mod watcher;
@@ -48,6 +49,8 @@ enum Part {
     Census,
     /// Time to the first report on a large program
     Start,
+    /// Time to the first table of 500 processes, and what watching them takes
+    System,
 }
 
 /// What every part needs.
@@ -153,7 +156,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         options,
     };
     let machine = machine();
-    let parts: [(Part, &str, Measure); 4] = [
+    let parts: [(Part, &str, Measure); 5] = [
         (
             Part::Throughput,
             "throughput, watched against not watched",
@@ -166,6 +169,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             census::run,
         ),
         (Part::Start, "first report on a large program", start::run),
+        (Part::System, "all processes of the machine", system::run),
     ];
     for (part, title, measure) in parts {
         if bench.wants(part) {
