@@ -4,3 +4,5 @@
 pub mod addr;
 pub mod disasm;
 pub mod elf;
+pub mod symbols;
+pub mod unwind;

@@ -2,4 +2,5 @@
 
 pub mod capabilities;
 pub mod identity;
+pub mod maps;
 pub mod memory;
