@@ -79,8 +79,7 @@ impl Symbols {
             return;
         };
         let count = table.len() / size_of::<Sym64<object::LittleEndian>>();
-        let Ok((entries, _)) =
-            pod::slice_from_bytes::<Sym64<object::LittleEndian>>(&table, count)
+        let Ok((entries, _)) = pod::slice_from_bytes::<Sym64<object::LittleEndian>>(&table, count)
         else {
             return;
         };

@@ -10,8 +10,8 @@
 
 use gimli::{
     BaseAddresses, CfaRule, DebugFrame, EhFrame, EhFrameHdr, EndianSlice, Evaluation,
-    EvaluationResult, LittleEndian, Location, Register, RegisterRule, UnwindContext,
-    UnwindSection, Value,
+    EvaluationResult, LittleEndian, Location, Register, RegisterRule, UnwindContext, UnwindSection,
+    Value,
 };
 
 use super::addr::Vaddr;

@@ -32,8 +32,8 @@ use crate::process::identity::Process;
 use crate::process::memory::{Memory as _, MemoryError, ProcessMemory};
 use crate::runtime::{Kind, Refusal};
 use crate::task::{
-    Age, Cycle, CycleMember, Dump, Group, Population, Site, SiteId, SiteKey, Stack, StackId,
-    State, Task,
+    Age, Cycle, CycleMember, Dump, Group, Population, Site, SiteId, SiteKey, Stack, StackId, State,
+    Task,
 };
 
 use super::deadlock::{Edge, circles};
@@ -41,7 +41,7 @@ use super::modules::{Modules, Pc, Whose};
 use super::sites;
 use super::stack::{Unwound, unwind};
 use super::syscalls::{Blocked, Call};
-use super::waits::{Futex, On, Primitive, decode};
+use super::waits::{Futex, On, Owner, Primitive, decode};
 
 /// Times that a thread which ran while it was read is read again.
 const RETRIES: usize = 3;
@@ -185,18 +185,23 @@ impl Tallies {
         for pc in &unwound.pcs {
             frames.extend(modules.frames(*pc).iter().cloned());
         }
-        let primitive = frames
+        let functions = frames
             .iter()
             .take(WAIT_FRAMES)
             .take_while(|frame| frame.whose == Whose::System || !frame.named)
-            .find_map(|frame| Primitive::of(&frame.frame.function));
+            .map(|frame| &*frame.frame.function);
+        let primitive = Primitive::among(functions);
         let entry = match unwound.whole {
             true => sites::entry(&frames, modules).map(|site| self.site(site)),
             false => None,
         };
         let id = StackId(self.stacks.len() as u32);
         self.frames += frames.len() + 1;
-        Arc::make_mut(&mut self.stacks).push(sites::stack(&frames));
+        Arc::make_mut(&mut self.stacks).push(sites::stack(
+            &frames,
+            unwound.whole,
+            modules.has_libc(),
+        ));
         self.primitives.push(primitive);
         self.entries.push(entry);
         self.stack_ids.insert(unwound.pcs[..].into(), id);
@@ -311,6 +316,11 @@ impl Census {
     /// shows neither the frame pointer nor the link register.
     pub fn use_registers(&mut self, source: RegisterSource) {
         self.registers = Some(source);
+        // What was cut short for want of them is looked at again.
+        self.last = None;
+        for thread in &mut self.threads {
+            thread.rest = None;
+        }
     }
 
     /// Counts every thread.
@@ -444,8 +454,11 @@ impl Census {
             // Ages go on; only what names the forgotten tables goes.
             for thread in &mut self.threads {
                 thread.rest = None;
-                thread.sited = false;
-                thread.site = self.tallies.site(sites::by_name(&thread.name));
+                thread.sited = thread.tid == self.pid;
+                thread.site = self.tallies.site(match thread.sited {
+                    true => sites::of_main(),
+                    false => sites::by_name(&thread.name),
+                });
             }
         }
         let mut registers: Option<FxHashMap<u32, ThreadRegisters>> = None;
@@ -554,6 +567,7 @@ impl Census {
             };
             let (site, sited) = match same {
                 Some(old) if old.sited || old.name == name => (old.site, old.sited),
+                _ if tid == self.pid => (self.tallies.site(sites::of_main()), true),
                 _ => (self.tallies.site(sites::by_name(&name)), false),
             };
             // A census that could not look closely does not make it younger.
@@ -633,14 +647,19 @@ impl Census {
             return;
         };
         let mut primitive = None;
-        if let Some(stack) = self.unwind(thread, arch, ip, sp, registers, mapped) {
+        let mut in_libc = false;
+        let unwound = self.unwind(thread, arch, ip, sp, registers, mapped);
+        if let Some(stack) = unwound {
+            in_libc = self.modules.is_libc(ip);
             rest.sp = sp;
             rest.depth = stack.depth;
             rest.stack = self.tallies.stack(&stack, &mut self.modules);
             thread.untold = rest.stack.is_none();
             if let Some(id) = rest.stack {
                 primitive = self.tallies.primitives[id.0 as usize];
-                if let Some(site) = self.tallies.entries[id.0 as usize] {
+                if let Some(site) = self.tallies.entries[id.0 as usize]
+                    && thread.tid != self.pid
+                {
                     thread.site = site;
                     thread.sited = true;
                 }
@@ -653,7 +672,7 @@ impl Census {
                 rest.call = call;
                 match call {
                     Some(Call { name: "futex", .. }) => {
-                        let (reason, on) = self.futex(Futex::of(&args), primitive);
+                        let (reason, on) = self.futex(Futex::of(&args), primitive, in_libc);
                         rest.rust_mutex = primitive == Some(Primitive::RustMutex)
                             && matches!(on, On::Lock { owner: None, .. });
                         rest.reason = Some(reason.into());
@@ -708,7 +727,12 @@ impl Census {
         unwound.ok()
     }
 
-    fn futex(&mut self, futex: Futex, primitive: Option<Primitive>) -> (&'static str, On) {
+    fn futex(
+        &mut self,
+        futex: Futex,
+        primitive: Option<Primitive>,
+        in_libc: bool,
+    ) -> (&'static str, On) {
         let Some(memory) = &self.memory else {
             return ("futex", On::Futex(futex.addr));
         };
@@ -725,7 +749,7 @@ impl Census {
             Some(ids) => ids.contains_key(&tid),
             None => lives(task, tid),
         };
-        decode(futex, primitive, word, lives)
+        decode(futex, primitive, in_libc, word, lives)
     }
 
     /// A thread's id in leakmon's pid namespace.
@@ -757,7 +781,7 @@ impl Census {
         };
         Some(match rest.on {
             On::Lock { addr, owner } => match owner {
-                Some(owner) => format!("mutex {addr:#x} held by {}", named(owner)),
+                Some(owner) => format!("mutex {addr:#x} held by {}", named(owner.tid)),
                 None => format!("mutex {addr:#x}"),
             },
             On::Thread(tid) => named(tid),
@@ -833,22 +857,27 @@ impl Census {
             On::Lock { addr, owner } => Some((addr, owner)),
             _ => None,
         };
-        let edges: Vec<Edge> = self
-            .threads
-            .iter()
-            .filter_map(|thread| {
-                let (lock, owner) = waits(thread)?;
-                Some(Edge {
+        let mut owners: FxHashMap<u32, Owner> = FxHashMap::default();
+        let mut edges: Vec<Edge> = Vec::new();
+        for thread in &self.threads {
+            if let Some((lock, Some(owner))) = waits(thread)
+                && let Some(holder) = self.host_tid(owner.tid)
+            {
+                owners.insert(thread.tid, owner);
+                edges.push(Edge {
                     waiter: thread.tid,
                     lock,
-                    holder: self.host_tid(owner?)?,
-                })
-            })
-            .collect();
+                    holder,
+                });
+            }
+        }
         let mut cycles: Vec<Cycle> = Vec::new();
         for circle in circles(&edges) {
-            // All at once: each still waits, and so none has let go.
-            if self.stand_still(circle.iter().map(|edge| edge.waiter)) {
+            let tids = || circle.iter().map(|edge| edge.waiter);
+            let holds = |tid: u32| owners.get(&tid).is_some_and(|owner| self.holds(*owner));
+            // The locks are read again while all of them wait: none has let go
+            // of the one before it waited for the other.
+            if self.stand_still(tids()) && tids().all(holds) && self.stand_still(tids()) {
                 let members = circle.iter().map(|e| self.member(e.waiter, e.lock));
                 cycles.push(Cycle {
                     members: members.collect(),
@@ -933,6 +962,15 @@ impl Census {
         tids.all(|tid| {
             let thread = self.thread(tid);
             thread.is_some_and(|thread| self.meter(tid) == Ok(thread.meter))
+        })
+    }
+
+    /// Whether the lock still says so.
+    fn holds(&self, owner: Owner) -> bool {
+        let mut word = [0; 4];
+        self.memory.as_ref().is_some_and(|memory| {
+            memory.read(RuntimeAddr(owner.at), &mut word).is_ok()
+                && owner.holds(u32::from_le_bytes(word))
         })
     }
 

@@ -87,8 +87,17 @@ impl Image {
             .as_ref()
     }
 
-    pub(super) fn build_id(&self) -> Option<String> {
-        self.elf.build_id(&self.bytes)
+    /// Whether rustc had a part in it: it says so in `.comment`, which stripping
+    /// leaves.
+    fn is_rust(&self) -> bool {
+        /// Most bytes of a comment that are looked at; it has some hundred.
+        const MAX: u64 = 1 << 16;
+        let Some(section) = self.elf.section(".comment") else {
+            return false;
+        };
+        self.bytes
+            .bytes_at(section.offset, section.size.min(MAX))
+            .is_ok_and(|text| text.windows(13).any(|word| word == b"rustc version"))
     }
 }
 
@@ -200,6 +209,22 @@ impl Modules {
             .partition_point(|module| module.mapping.start <= at);
         let module = self.modules.get(after.checked_sub(1)?)?;
         (at < module.mapping.end).then_some(module)
+    }
+
+    /// Whether the C library is a file of its own; otherwise it is part of the
+    /// program, and what has no name may be either's.
+    pub(super) fn has_libc(&self) -> bool {
+        self.modules.iter().any(Module::is_libc)
+    }
+
+    /// Whether the code at this address is the C library's.
+    pub(super) fn is_libc(&self, at: u64) -> bool {
+        self.module(at).is_some_and(Module::is_libc)
+    }
+
+    /// Whether the code at this address is of a file that rustc made.
+    pub(super) fn is_rust(&self, at: u64) -> bool {
+        self.module(at).is_some_and(|module| module.image.is_rust())
     }
 
     /// Whether code may be at this address.
@@ -343,6 +368,10 @@ impl Modules {
 }
 
 impl Module {
+    fn is_libc(&self) -> bool {
+        self.whose == Whose::System && self.image.name != "[vdso]"
+    }
+
     /// Where `vaddr` of its file lies in the process.
     pub(super) fn runtime(&self, vaddr: Vaddr) -> u64 {
         self.bias.runtime(vaddr).0

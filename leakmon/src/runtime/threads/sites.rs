@@ -10,20 +10,21 @@ use super::modules::{Modules, Resolved, Whose};
 /// Marks a key that is made of a thread's name, not of an address.
 const NAMED: u64 = 1 << 63;
 
-/// The stack of these frames, innermost first.
-pub(super) fn stack(frames: &[Resolved]) -> Stack {
-    let place = frames
-        .iter()
-        .position(|frame| frame.whose == Whose::Program && !frame.is_code_without_file());
+/// The stack of these frames, innermost first, which may be cut short (not
+/// `whole`). Without libc as a file of its own (`has_libc`), a frame without a
+/// name may be libc's, and what is outside of it is not known.
+pub(super) fn stack(frames: &[Resolved], whole: bool, has_libc: bool) -> Stack {
+    let outside = frames.iter().position(|f| f.whose == Whose::Program);
+    let place = match outside {
+        Some(at) if !has_libc && !frames[at].named => None,
+        Some(at) => Some(at),
+        // Of a stack that ends within a library as near to it as is known.
+        None if !whole => frames.len().checked_sub(1),
+        None => (!frames.is_empty()).then_some(0),
+    };
     Stack {
-        place: place.or((!frames.is_empty()).then_some(0)),
+        place,
         frames: frames.iter().map(|frame| frame.frame.clone()).collect(),
-    }
-}
-
-impl Resolved {
-    fn is_code_without_file(&self) -> bool {
-        !self.named && self.frame.function.starts_with('[')
     }
 }
 
@@ -33,37 +34,34 @@ pub(super) fn entry(frames: &[Resolved], modules: &mut Modules) -> Option<Site> 
     // Without a name nobody knows where libc ends in a static program.
     let libc = frames.iter().rposition(|f| f.whose == Whose::System)?;
     let outermost = frames.last()?;
-    if outermost.whose == Whose::Program && &*outermost.frame.function != "_start" {
-        // But for what the program's own start code is.
-        let starts = frames[libc].frame.function.starts_with("__libc_start");
-        if !starts || libc + 2 < frames.len() {
-            return None;
-        }
+    // The main thread's stack ends in the program's own start code.
+    if outermost.whose == Whose::Program {
+        return None;
     }
-    let mut within = frames[..libc].iter().enumerate().rev();
-    let (mut at, mut found) = within.find(|(_, f)| f.whose == Whose::Program)?;
-    // Rust's own `main` calls the program's through std.
-    let calls_std = |at: usize| {
-        at.checked_sub(1)
-            .is_some_and(|i| frames[i].frame.function.contains("std::rt::lang_start"))
-    };
-    if &*found.frame.function == "main"
-        && calls_std(at)
-        && let Some(next) = frames[..at]
-            .iter()
-            .enumerate()
-            .rev()
-            .find(|(_, f)| f.whose == Whose::Program)
-    {
-        (at, found) = next;
+    let mut program = frames[..libc]
+        .iter()
+        .enumerate()
+        .rev()
+        .filter(|(_, f)| f.whose == Whose::Program);
+    let (mut at, mut found) = program.next()?;
+    let mut doubt: Option<Arc<str>> = None;
+    // Rust's std starts each thread by one function of its own, which calls the
+    // thread's: without names both look like the program's.
+    if !found.named && modules.is_rust(found.frame.entry) {
+        if let Some(next) = program.next() {
+            (at, found) = next;
+        }
+        doubt = Some("the program has no names: this may be a part of Rust's std".into());
     }
     let mut frame = modules.first_line(&found.frame);
-    let mut doubt: Option<Arc<str>> = None;
     // The closure itself, where it was inlined into the function that Rust's
     // std starts threads by: its type is in that one's name.
     if let Some(caller) = frames.get(at + 1)
-        && caller.frame.function.contains("__rust_begin_short_backtrace")
-        && !frame.function.ends_with("{{closure}}")
+        && caller
+            .frame
+            .function
+            .contains("__rust_begin_short_backtrace")
+        && !frame.function.ends_with('}')
     {
         match generic(&caller.frame.function) {
             Some(closure) => {
@@ -75,7 +73,9 @@ pub(super) fn entry(frames: &[Resolved], modules: &mut Modules) -> Option<Site> 
                 };
             }
             None => {
-                doubt = Some("the thread's closure may have been inlined: this is what it calls".into());
+                doubt = Some(
+                    "the thread's closure may have been inlined: this is what it calls".into(),
+                );
             }
         }
     }
@@ -108,6 +108,32 @@ fn generic(function: &str) -> Option<&str> {
     None
 }
 
+/// The site of a process's first thread.
+pub(super) fn of_main() -> Site {
+    Site {
+        key: SiteKey {
+            created_at: 0,
+            entry: NAMED,
+        },
+        entry: Some(unplaced("main".to_owned())),
+        created_by: None,
+        doubt: None,
+    }
+}
+
+fn unplaced(function: String) -> Frame {
+    Frame {
+        function: function.into(),
+        file: "".into(),
+        line: 0,
+        pc: 0,
+        offset: 0,
+        entry: 0,
+        inlined: false,
+        hidden: false,
+    }
+}
+
 /// The site of threads whose stacks do not lead to where they started: those
 /// with one name are one site.
 pub(super) fn by_name(name: &str) -> Site {
@@ -122,16 +148,7 @@ pub(super) fn by_name(name: &str) -> Site {
     };
     Site {
         key,
-        entry: Some(Frame {
-            function: format!("thread \"{folded}\"").into(),
-            file: "".into(),
-            line: 0,
-            pc: 0,
-            offset: 0,
-            entry: 0,
-            inlined: false,
-            hidden: false,
-        }),
+        entry: Some(unplaced(format!("thread \"{folded}\""))),
         created_by: None,
         doubt: Some(
             "told apart by the threads' names: their stacks do not show where they started".into(),

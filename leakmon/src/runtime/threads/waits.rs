@@ -9,6 +9,7 @@
 //! | `FUTEX_WAIT`, value 2, owner's thread id 8 bytes on | glibc's mutex: nptl/pthread_mutex_lock.c, 2.3 to 2.42 |
 //! | `FUTEX_WAIT`, value 0x80000000 + owner's thread id | glibc's robust mutexes; musl's recursive and error-checking ones: pthread_mutex_timedlock.c |
 //! | `FUTEX_LOCK_PI`, owner's thread id in the word | any priority-inheriting mutex: Documentation/locking/pi-futex.rst |
+//! | libc's own `FUTEX_WAIT_BITSET`, value 0, somebody waiting 4 bytes on, the futex's sharing 8 bytes on | glibc's semaphore: struct new_sem, 2.21 to 2.42 |
 //! | shared `FUTEX_WAIT` or `FUTEX_WAIT_BITSET`, value the joined thread's id | glibc's join: nptl/pthread_join_common.c |
 //! | `FUTEX_WAIT_BITSET`, value 0xffffffff | Rust's park: std/src/sys/sync/thread_parking/futex.rs, 1.57 and later |
 
@@ -58,9 +59,8 @@ impl Futex {
 /// What a thread waits for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum On {
-    /// A lock, and by the lock's own word the thread that holds it: an id in
-    /// the process's own pid namespace.
-    Lock { addr: u64, owner: Option<u32> },
+    /// A lock, and who holds it where the lock says so.
+    Lock { addr: u64, owner: Option<Owner> },
     /// The end of a thread: an id in the process's own pid namespace.
     Thread(u32),
     /// Another use of a futex.
@@ -69,6 +69,22 @@ pub(super) enum On {
     Fd(u64),
     /// Nothing that has a name.
     Nothing,
+}
+
+/// The thread that holds a lock, by the lock's own words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Owner {
+    /// Its id in the process's own pid namespace.
+    pub(super) tid: u32,
+    /// Where the lock says so.
+    pub(super) at: u64,
+}
+
+impl Owner {
+    /// Whether the word that names it still does.
+    pub(super) fn holds(self, word: u32) -> bool {
+        word & TID_MASK == self.tid
+    }
 }
 
 /// What names of functions say of a wait.
@@ -86,6 +102,9 @@ pub(super) enum Primitive {
     Once,
     Join,
     Park,
+    /// Rust's std channels, by the words of std::sync::mpsc.
+    Receive,
+    Send,
 }
 
 impl Primitive {
@@ -99,7 +118,36 @@ impl Primitive {
             Primitive::Once => "once",
             Primitive::Join => "join",
             Primitive::Park => "park",
+            Primitive::Receive => "mpsc recv",
+            Primitive::Send => "mpsc send",
         }
+    }
+
+    /// What the functions that a thread is in say together, innermost first:
+    /// the innermost primitive, or what of Rust's std is made of it.
+    pub(super) fn among<'a>(functions: impl Iterator<Item = &'a str>) -> Option<Primitive> {
+        let mut found = None;
+        for function in functions {
+            match found {
+                None => found = Primitive::of(function),
+                Some(Primitive::Condvar) if function.contains("std::sync::barrier::") => {
+                    return Some(Primitive::Barrier);
+                }
+                Some(Primitive::Park) => {
+                    let channel = ["std::sync::mpmc::", "std::sync::mpsc::"];
+                    if channel.iter().any(|c| function.contains(c)) {
+                        if function.contains("recv") {
+                            return Some(Primitive::Receive);
+                        }
+                        if function.contains("send") {
+                            return Some(Primitive::Send);
+                        }
+                    }
+                }
+                Some(_) => {}
+            }
+        }
+        found
     }
 
     /// Which one the function is of, if it is of one.
@@ -153,12 +201,14 @@ impl Primitive {
 
 /// What a thread waits for on a futex: the reason, and on what.
 ///
-/// `primitive` is what the innermost named functions of its stack say; `word`
+/// `primitive` is what the innermost named functions of its stack say, and
+/// `in_libc` whether the call is the C library's (a file of its own); `word`
 /// reads 32 bits of the process's memory; `lives` tells whether a thread of the
 /// process has an id (in the process's own pid namespace).
 pub(super) fn decode(
     futex: Futex,
     primitive: Option<Primitive>,
+    in_libc: bool,
     word: impl Fn(u64) -> Option<u32>,
     lives: impl Fn(u32) -> bool,
 ) -> (&'static str, On) {
@@ -177,12 +227,23 @@ pub(super) fn decode(
         // PTHREAD_MUTEX_*_NP 0 to 3, shared 128, elision 256 and 512: the kinds
         // that wait by this operation.
         let sane = kind & !0x383 == 0 && users > 0;
-        (word(addr)? == 2 && sane && owner != 0 && lives(owner)).then_some(owner)
+        (word(addr)? == 2 && sane && owner != 0 && lives(owner)).then_some(Owner {
+            tid: owner,
+            at: addr.wrapping_add(8),
+        })
+    };
+    // glibc's semaphore: value, threads that wait, and its sharing.
+    let glibc_semaphore = || {
+        let waiters = addr.checked_add(4).and_then(&word);
+        let sharing = addr.checked_add(8).and_then(&word);
+        waiters.is_some_and(|n| (1..=TID_MASK).contains(&n))
+            && sharing == Some(if private { 0 } else { OP_PRIVATE })
     };
     match op {
         LOCK_PI | LOCK_PI2 => {
             let owner = word(addr).map(|word| word & TID_MASK);
-            return lock(owner.filter(|owner| lives(*owner)));
+            let owner = owner.filter(|owner| lives(*owner));
+            return lock(owner.map(|tid| Owner { tid, at: addr }));
         }
         WAIT if value == 2 && matches!(primitive, Some(Primitive::Mutex | Primitive::Condvar)) => {
             // A condition variable's mutex, on the way out of the wait: glibc
@@ -195,21 +256,30 @@ pub(super) fn decode(
             && lives(value & TID_MASK)
             && word(addr) == Some(value) =>
         {
-            return lock(Some(value & TID_MASK));
+            return lock(Some(Owner {
+                tid: value & TID_MASK,
+                at: addr,
+            }));
         }
         _ => {}
     }
     match primitive {
         Some(Primitive::Join) if value != 0 && lives(value) => ("join", On::Thread(value)),
         Some(Primitive::RustMutex | Primitive::Mutex) => lock(None),
-        Some(primitive @ (Primitive::RemoteMutex | Primitive::Park)) => {
-            (primitive.reason(), On::Nothing)
-        }
+        Some(
+            primitive @ (Primitive::RemoteMutex
+            | Primitive::Park
+            | Primitive::Receive
+            | Primitive::Send),
+        ) => (primitive.reason(), On::Nothing),
         Some(primitive) => (primitive.reason(), On::Futex(addr)),
         None if op == WAIT && value == 2 => match glibc_owner() {
             Some(owner) => lock(Some(owner)),
             None => ("futex", On::Futex(addr)),
         },
+        None if in_libc && op == WAIT_BITSET && value == 0 && glibc_semaphore() => {
+            ("semaphore", On::Futex(addr))
+        }
         None if matches!(op, WAIT | WAIT_BITSET)
             && !private
             && value != 0
@@ -240,8 +310,9 @@ mod tests {
         }
     }
 
-    fn held(owner: Option<u32>) -> (&'static str, On) {
+    fn held(owner: Option<(u32, u64)>) -> (&'static str, On) {
         let addr = 0x1000;
+        let owner = owner.map(|(tid, at)| Owner { tid, at });
         ("mutex lock", On::Lock { addr, owner })
     }
 
@@ -251,8 +322,8 @@ mod tests {
     fn a_mutex_of_glibc_says_who_holds_it() {
         let lives = |tid| tid == 77;
         for primitive in [None, Some(Primitive::Mutex), Some(Primitive::Condvar)] {
-            let found = decode(futex(0x80, 2), primitive, words(HELD), lives);
-            assert_eq!(found, held(Some(77)));
+            let found = decode(futex(0x80, 2), primitive, false, words(HELD), lives);
+            assert_eq!(found, held(Some((77, 0x1008))));
         }
         // Recursive, error-checking, shared; but not what no kind is.
         for (kind, known) in [(1, true), (2, true), (128, true), (0x7f31_c0de, false)] {
@@ -260,7 +331,7 @@ mod tests {
                 0x1010 => Some(kind),
                 _ => words(HELD)(at),
             };
-            let found = decode(futex(0x80, 2), None, memory, lives);
+            let found = decode(futex(0x80, 2), None, false, memory, lives);
             assert_eq!(found.0 == "mutex lock", known);
         }
     }
@@ -271,21 +342,31 @@ mod tests {
         let plain = ("futex", On::Futex(0x1000));
         // The lock of a FILE: lock, count, owner's address.
         let file: &[u32] = &[2, 1, 0x7f00_1740, 0x7f31, 0];
-        assert_eq!(decode(futex(0x80, 2), None, words(file), lives), plain);
-        // Nobody has this id.
-        assert_eq!(decode(futex(0x80, 2), None, words(HELD), |_| false), plain);
         assert_eq!(
-            decode(futex(0x80, 2), Some(Primitive::Mutex), words(HELD), |_| {
-                false
-            }),
+            decode(futex(0x80, 2), None, false, words(file), lives),
+            plain
+        );
+        // Nobody has this id.
+        assert_eq!(
+            decode(futex(0x80, 2), None, false, words(HELD), |_| false),
+            plain
+        );
+        assert_eq!(
+            decode(
+                futex(0x80, 2),
+                Some(Primitive::Mutex),
+                false,
+                words(HELD),
+                |_| { false }
+            ),
             held(None)
         );
         // Memory that cannot be read.
-        assert_eq!(decode(futex(0x80, 2), None, |_| None, lives), plain);
+        assert_eq!(decode(futex(0x80, 2), None, false, |_| None, lives), plain);
         // musl's plain mutex, in a namespace where a thread has id 16.
         let busy: &[u32] = &[0x8000_0010];
         assert_eq!(
-            decode(futex(0x80, 0x8000_0010), None, words(busy), |_| true),
+            decode(futex(0x80, 0x8000_0010), None, false, words(busy), |_| true),
             plain
         );
     }
@@ -295,10 +376,13 @@ mod tests {
         let lives = |tid| tid == 77;
         let pi: &[u32] = &[77 | 0x8000_0000];
         for op in [0x86, 0x8d, 6] {
-            assert_eq!(decode(futex(op, 0), None, words(pi), lives), held(Some(77)));
+            assert_eq!(
+                decode(futex(op, 0), None, false, words(pi), lives),
+                held(Some((77, 0x1000)))
+            );
         }
-        let found = decode(futex(0x80, 77 | 0x8000_0000), None, words(pi), lives);
-        assert_eq!(found, held(Some(77)));
+        let found = decode(futex(0x80, 77 | 0x8000_0000), None, false, words(pi), lives);
+        assert_eq!(found, held(Some((77, 0x1000))));
     }
 
     #[test]
@@ -306,16 +390,58 @@ mod tests {
         let lives = |tid| tid == 77;
         let tid: &[u32] = &[77];
         let joins = ("join", On::Thread(77));
-        assert_eq!(decode(futex(0x109, 77), None, words(tid), lives), joins);
+        assert_eq!(
+            decode(futex(0x109, 77), None, false, words(tid), lives),
+            joins
+        );
         let named = Some(Primitive::Join);
-        assert_eq!(decode(futex(0x109, 77), named, words(tid), lives), joins);
-        let park = decode(futex(0x89, u32::MAX), None, words(tid), lives);
+        assert_eq!(
+            decode(futex(0x109, 77), named, false, words(tid), lives),
+            joins
+        );
+        let park = decode(futex(0x89, u32::MAX), None, false, words(tid), lives);
         assert_eq!(park, ("park", On::Nothing));
         // Two is what both a std lock and a condition may wait for.
         let plain = ("futex", On::Futex(0x1000));
-        assert_eq!(decode(futex(0x89, 2), None, words(&[2]), lives), plain);
+        assert_eq!(
+            decode(futex(0x89, 2), None, false, words(&[2]), lives),
+            plain
+        );
         let rust = Some(Primitive::RustMutex);
-        assert_eq!(decode(futex(0x89, 2), rust, words(&[2]), lives), held(None));
+        assert_eq!(
+            decode(futex(0x89, 2), rust, false, words(&[2]), lives),
+            held(None)
+        );
+    }
+
+    #[test]
+    fn semaphores_of_glibc() {
+        let waits = |words_of: &'static [u32], op, in_libc| {
+            decode(futex(op, 0), None, in_libc, words(words_of), |_| false).0
+        };
+        assert_eq!(waits(&[0, 1, 0], 0x189, true), "semaphore");
+        assert_eq!(waits(&[0, 2, 128], 0x109, true), "semaphore");
+        assert_eq!(waits(&[0, 1, 0], 0x189, false), "futex");
+        assert_eq!(waits(&[0, 0, 0], 0x189, true), "futex");
+        assert_eq!(waits(&[0, 1, 128], 0x189, true), "futex");
+        assert_eq!(waits(&[0, 1], 0x189, true), "futex");
+    }
+
+    #[test]
+    fn what_is_made_of_primitives() {
+        let among = |functions: &[&str]| Primitive::among(functions.iter().copied());
+        let park = "std::thread::park";
+        assert_eq!(among(&["syscall", park]), Some(Primitive::Park));
+        assert_eq!(
+            among(&[park, "std::sync::mpmc::list::Channel<T>::recv::{{closure}}"]),
+            Some(Primitive::Receive)
+        );
+        let condvar = "<std::sys::sync::condvar::futex::Condvar>::wait";
+        assert_eq!(
+            among(&[condvar, "<std::sync::barrier::Barrier>::wait"]),
+            Some(Primitive::Barrier)
+        );
+        assert_eq!(among(&["start_thread"]), None);
     }
 
     #[test]
