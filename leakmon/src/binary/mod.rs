@@ -5,3 +5,5 @@ pub mod addr;
 pub mod disasm;
 pub mod elf;
 pub mod shared;
+pub mod symbols;
+pub mod unwind;

@@ -204,9 +204,14 @@ impl ProcessMemory {
             witness,
         })
     }
+
+    /// Of the process.
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw().cast_unsigned()
+    }
 }
 
-fn from_io(error: &io::Error) -> MemoryError {
+pub(super) fn from_io(error: &io::Error) -> MemoryError {
     error
         .raw_os_error()
         .map_or(MemoryError::Other(Errno::EIO), |e| {

@@ -3,4 +3,5 @@
 pub mod capabilities;
 pub mod discovery;
 pub mod identity;
+pub mod maps;
 pub mod memory;

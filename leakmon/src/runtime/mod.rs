@@ -2,6 +2,7 @@
 //! names. What the rest of leakmon sees of each is [`Tasks`].
 
 pub mod go;
+pub mod threads;
 
 use crate::probe::{Counts, Plan};
 use crate::process::identity::Process;
@@ -160,5 +161,6 @@ pub fn open(process: &Process, cache: &Cache) -> Vec<Found> {
         }
     };
     add(Kind::Go, go::open(process, &cache.go));
+    add(Kind::Threads, threads::open(process));
     found
 }

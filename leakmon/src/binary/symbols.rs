@@ -1,0 +1,274 @@
+//! Names and lines of native code: symbol tables, demangled, and DWARF.
+
+use std::sync::Arc;
+
+use addr2line::Context;
+use gimli::{Dwarf, EndianArcSlice, LittleEndian, SectionId};
+use object::elf::{STT_FUNC, STT_GNU_IFUNC, STT_NOTYPE, Sym64};
+use object::pod;
+
+use super::addr::Vaddr;
+use super::elf::{Elf, ReadAt};
+
+const LE: object::LittleEndian = object::LittleEndian;
+
+/// Most bytes of a symbol table or of its names that are read. A debug build
+/// of Chromium's names take 300 MB; LLVM's 40 MB.
+const MAX_TABLE: u64 = 64 << 20;
+
+/// Most bytes of DWARF that are read of one file.
+const MAX_DWARF: u64 = 256 << 20;
+
+/// Longest mangled name that is demangled, and longest name that is shown.
+/// Types nest: a mangled name can stand for one that is exponentially longer.
+const MAX_NAME: usize = 4096;
+
+/// A function of a symbol table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Function {
+    start: u64,
+    /// Bytes; 0 when the table does not say.
+    size: u64,
+    /// Where its name starts in [`Symbols::names`].
+    name: usize,
+}
+
+/// The functions of one file, by address.
+#[derive(Debug, Default)]
+pub struct Symbols {
+    functions: Vec<Function>,
+    names: Vec<u8>,
+}
+
+impl Symbols {
+    /// The functions that `.symtab` and `.dynsym` name.
+    pub fn read<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Symbols {
+        let mut symbols = Symbols::default();
+        for (table, names) in [(".symtab", ".strtab"), (".dynsym", ".dynstr")] {
+            symbols.add(elf, file, table, names);
+        }
+        symbols
+            .functions
+            .sort_by_key(|function| (function.start, std::cmp::Reverse(function.size)));
+        let mut functions = std::mem::take(&mut symbols.functions);
+        // Of several names the plainest: `pthread_mutex_lock` rather than
+        // `___pthread_mutex_lock`.
+        functions.sort_by(|a, b| {
+            (a.start, symbols.ugliness(a.name)).cmp(&(b.start, symbols.ugliness(b.name)))
+        });
+        functions.dedup_by(|later, first| {
+            let same = later.start == first.start;
+            if same {
+                first.size = first.size.max(later.size);
+            }
+            same
+        });
+        symbols.functions = functions;
+        symbols
+    }
+
+    fn add<R: ReadAt + ?Sized>(&mut self, elf: &Elf, file: &R, table: &str, names: &str) {
+        let section = |name: &str| {
+            let section = elf.section(name)?;
+            if section.size > MAX_TABLE {
+                return None;
+            }
+            file.bytes_at(section.offset, section.size).ok()
+        };
+        let (Some(table), Some(names)) = (section(table), section(names)) else {
+            return;
+        };
+        let count = table.len() / size_of::<Sym64<object::LittleEndian>>();
+        let Ok((entries, _)) = pod::slice_from_bytes::<Sym64<object::LittleEndian>>(&table, count)
+        else {
+            return;
+        };
+        let base = self.names.len();
+        for entry in entries {
+            let kind = entry.st_type();
+            let code = kind == STT_FUNC || kind == STT_GNU_IFUNC;
+            let start = entry.st_value.get(LE);
+            // Assembly often leaves out the type.
+            let plain = kind == STT_NOTYPE && entry.st_size.get(LE) > 0;
+            let name = entry.st_name.get(LE) as usize;
+            if (code || plain)
+                && start != 0
+                && entry.st_shndx.get(LE).0 != 0
+                && names.get(name).is_some_and(|byte| *byte != 0)
+            {
+                self.functions.push(Function {
+                    start,
+                    size: entry.st_size.get(LE),
+                    name: base + name,
+                });
+            }
+        }
+        self.names.extend_from_slice(&names);
+        // So that the last name of a damaged table ends.
+        self.names.push(0);
+    }
+
+    fn raw(&self, at: usize) -> &[u8] {
+        let rest = self.names.get(at..).unwrap_or_default();
+        let end = rest.iter().position(|byte| *byte == 0);
+        &rest[..end.unwrap_or(rest.len())]
+    }
+
+    fn ugliness(&self, at: usize) -> (usize, usize, &[u8]) {
+        let name = self.raw(at);
+        let lines = match name {
+            [b'_', b'Z' | b'R', ..] => 0,
+            _ => name.iter().take_while(|byte| **byte == b'_').count(),
+        };
+        (lines, name.len(), name)
+    }
+
+    /// The function that holds `at`: its name, demangled, and its start. One
+    /// whose size the table leaves out reaches as far as `limit`, the start of
+    /// what unwind information says it is.
+    pub fn function(&self, at: Vaddr, start: Option<Vaddr>) -> Option<(String, Vaddr)> {
+        let before = self
+            .functions
+            .partition_point(|function| function.start <= at.0);
+        let function = self.functions.get(before.checked_sub(1)?)?;
+        let within = match function.size {
+            0 => start.is_some_and(|start| start.0 == function.start),
+            size => at.0 - function.start < size,
+        };
+        within.then(|| {
+            (
+                demangle(&String::from_utf8_lossy(self.raw(function.name))),
+                Vaddr(function.start),
+            )
+        })
+    }
+
+    /// Where the function with this very name starts.
+    pub fn named(&self, name: &str) -> Option<Vaddr> {
+        // Of several names only the plainest is kept, by `ugliness`.
+        self.functions
+            .iter()
+            .find(|function| self.raw(function.name) == name.as_bytes())
+            .map(|function| Vaddr(function.start))
+    }
+
+    /// How many functions have a name.
+    pub fn len(&self) -> usize {
+        self.functions.len()
+    }
+
+    /// Whether no function has one.
+    pub fn is_empty(&self) -> bool {
+        self.functions.is_empty()
+    }
+}
+
+/// A name as its source has it: Rust's without their hashes, C++'s, or the name
+/// itself.
+pub fn demangle(name: &str) -> String {
+    let cut = |mut text: String| {
+        if text.len() > MAX_NAME {
+            let end = (0..=MAX_NAME).rev().find(|end| text.is_char_boundary(*end));
+            text.truncate(end.unwrap_or(0));
+            text.push('…');
+        }
+        text
+    };
+    if name.len() > MAX_NAME {
+        return cut(name.to_owned());
+    }
+    // What LLVM appends to the copies that it makes.
+    let plain = name.split(".llvm.").next().unwrap_or(name);
+    if let Ok(rust) = rustc_demangle::try_demangle(plain) {
+        return cut(format!("{rust:#}"));
+    }
+    if plain.starts_with("_Z")
+        && let Ok(symbol) = cpp_demangle::Symbol::new(plain)
+        && let Ok(text) = symbol.demangle()
+    {
+        return cut(text);
+    }
+    cut(name.to_owned())
+}
+
+/// A source position.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Position {
+    /// The function, demangled; `None` where DWARF does not name it.
+    pub function: Option<String>,
+    /// The source file; empty when unknown.
+    pub file: String,
+    /// The line; 0 when unknown.
+    pub line: u32,
+    /// The call was inlined into the next position.
+    pub inlined: bool,
+}
+
+/// The lines of one file.
+pub struct Lines {
+    context: Context<EndianArcSlice<LittleEndian>>,
+}
+
+impl std::fmt::Debug for Lines {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lines").finish_non_exhaustive()
+    }
+}
+
+impl Lines {
+    /// The DWARF of `file`; `None` when it has none, or more than is read.
+    pub fn read<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Option<Lines> {
+        let wanted = |name: &str| name.starts_with(".debug_") || name.starts_with(".zdebug_");
+        let size: u64 = elf
+            .sections
+            .iter()
+            .filter(|section| wanted(&section.name))
+            .try_fold(0u64, |sum, section| sum.checked_add(section.size))?;
+        if size == 0 || size > MAX_DWARF || elf.section(".debug_line").is_none() {
+            return None;
+        }
+        let load = |id: SectionId| -> Result<EndianArcSlice<LittleEndian>, gimli::Error> {
+            let bytes = elf
+                .section(id.name())
+                .and_then(|section| file.bytes_at(section.offset, section.size).ok())
+                .unwrap_or_default();
+            Ok(EndianArcSlice::new(Arc::from(bytes), LittleEndian))
+        };
+        let dwarf = Dwarf::load(load).ok()?;
+        Some(Lines {
+            context: Context::from_dwarf(dwarf).ok()?,
+        })
+    }
+
+    /// The positions of the instruction at `at`, innermost first.
+    pub fn positions(&self, at: Vaddr) -> Vec<Position> {
+        /// Most calls inlined into each other that are shown.
+        const MAX: usize = 64;
+        let mut found = Vec::new();
+        let Ok(mut frames) = self.context.find_frames(at.0).skip_all_loads() else {
+            return found;
+        };
+        while found.len() < MAX
+            && let Ok(Some(frame)) = frames.next()
+        {
+            let function = frame
+                .function
+                .and_then(|name| Some(demangle(&name.raw_name().ok()?)));
+            let location = frame.location;
+            found.push(Position {
+                function,
+                file: location
+                    .as_ref()
+                    .and_then(|l| l.file)
+                    .unwrap_or_default()
+                    .to_owned(),
+                line: location.and_then(|l| l.line).unwrap_or(0),
+                inlined: true,
+            });
+        }
+        if let Some(last) = found.last_mut() {
+            last.inlined = false;
+        }
+        found
+    }
+}
