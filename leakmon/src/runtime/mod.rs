@@ -2,6 +2,7 @@
 //! names. What the rest of leakmon sees of each is [`Tasks`].
 
 pub mod go;
+pub mod tokio;
 
 use crate::probe::{Counts, Plan};
 use crate::process::identity::Process;
