@@ -11,8 +11,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use object::elf::{
-    EM_AARCH64, EM_X86_64, ET_DYN, ET_EXEC, FileHeader64, PF_W, PF_X, PT_LOAD, ProgramHeader64,
-    SHT_NOBITS, SectionHeader64,
+    EM_AARCH64, EM_X86_64, ET_DYN, ET_EXEC, FileHeader64, PF_W, PF_X, PT_DYNAMIC, PT_GNU_EH_FRAME,
+    PT_LOAD, ProgramHeader64, SHT_NOBITS, SectionHeader64,
 };
 use object::pod;
 use object::{LittleEndian, U64};
@@ -172,6 +172,15 @@ pub struct Segment {
     pub executable: bool,
 }
 
+/// What a program header other than PT_LOAD points to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Where the file says it lies in memory.
+    pub vaddr: Vaddr,
+    /// Bytes in the file, as the header has it.
+    pub size: u64,
+}
+
 /// A section that has bytes in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Section {
@@ -196,6 +205,10 @@ pub struct Elf {
     pub entry: Vaddr,
     /// PT_LOAD segments in file order.
     pub segments: Vec<Segment>,
+    /// PT_DYNAMIC: what the dynamic linker reads.
+    pub dynamic: Option<Part>,
+    /// PT_GNU_EH_FRAME: the index of the unwind information.
+    pub eh_frame_hdr: Option<Part>,
     /// Sections with bytes in the file; empty when the section table is gone.
     pub sections: Vec<Section>,
 }
@@ -245,11 +258,22 @@ impl Elf {
             ET_DYN => true,
             other => return Err(ElfError::NotExecutable(other.0)),
         };
+        let headers = program_headers(file, header)?;
+        let segments = segments(&headers, file.size())?;
+        let part = |kind| {
+            let header = headers.iter().find(|p| p.p_type.get(LE) == kind)?;
+            Some(Part {
+                vaddr: Vaddr(header.p_vaddr.get(LE)),
+                size: header.p_filesz.get(LE),
+            })
+        };
         let mut elf = Elf {
             arch,
             position_independent,
             entry: Vaddr(header.e_entry.get(LE)),
-            segments: segments(file, header)?,
+            segments,
+            dynamic: part(PT_DYNAMIC),
+            eh_frame_hdr: part(PT_GNU_EH_FRAME),
             sections: Vec::new(),
         };
         elf.sections = sections(file, header).unwrap_or_default();
@@ -312,10 +336,10 @@ impl Elf {
     }
 }
 
-fn segments<R: ReadAt + ?Sized>(
+fn program_headers<R: ReadAt + ?Sized>(
     file: &R,
     header: &FileHeader64<LittleEndian>,
-) -> Result<Vec<Segment>, ElfError> {
+) -> Result<Vec<ProgramHeader64<LittleEndian>>, ElfError> {
     let count = u64::from(header.e_phnum.get(LE));
     let entry = size_of::<ProgramHeader64<LittleEndian>>() as u64;
     if u64::from(header.e_phentsize.get(LE)) != entry || count == 0 || count > MAX_HEADERS {
@@ -327,7 +351,13 @@ fn segments<R: ReadAt + ?Sized>(
     let (headers, _) =
         pod::slice_from_bytes::<ProgramHeader64<LittleEndian>>(&bytes, count as usize)
             .map_err(|()| ElfError::Damaged("the program header table"))?;
-    let size = file.size();
+    Ok(headers.to_vec())
+}
+
+fn segments(
+    headers: &[ProgramHeader64<LittleEndian>],
+    size: u64,
+) -> Result<Vec<Segment>, ElfError> {
     let get = |field: &U64<LittleEndian>| field.get(LE);
     let loads: Vec<Segment> = headers
         .iter()

@@ -3,6 +3,7 @@
 
 pub mod go;
 pub mod threads;
+pub mod tokio;
 
 use crate::probe::{Counts, Plan};
 use crate::process::identity::Process;
