@@ -46,7 +46,7 @@ enum Task {
     Test,
     /// Measure what leakmon costs the programs it watches
     Bench(bench::Options),
-    /// Build the fixtures with every Go version that can be had
+    /// Build the fixtures, with every Go and tokio version that can be had
     Fixtures(fixtures::Options),
 }
 

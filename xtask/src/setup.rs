@@ -6,6 +6,7 @@ use anyhow::Result;
 
 use crate::bpf;
 use crate::command::Run;
+use crate::fixtures;
 use crate::go::Go;
 use crate::progress::{note, step};
 use crate::workspace;
@@ -13,6 +14,10 @@ use crate::workspace;
 /// Installs what is missing; gives the Go that builds the fixtures.
 pub(crate) fn run() -> Result<Go> {
     step("Rust for the kernel side", bpf::ensure)?;
+    step("C and musl for the fixtures", || {
+        fixtures::ensure_compilers();
+        Ok(())
+    })?;
     step("Go for the fixtures", || {
         let go = Go::ensure()?;
         note(format!("go {} at {}", go.version(), go.program().display()));

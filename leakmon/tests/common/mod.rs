@@ -30,7 +30,7 @@ pub(crate) fn fixtures() -> Option<PathBuf> {
     folder
 }
 
-/// One program of the manifest.
+/// One Go program of the manifest.
 #[derive(Clone, Debug)]
 pub(crate) struct Fixture {
     /// `zoo`.
@@ -45,7 +45,7 @@ pub(crate) struct Fixture {
     pub(crate) path: PathBuf,
 }
 
-/// Every program of the manifest.
+/// Every Go program of the manifest.
 pub(crate) fn manifest() -> Vec<Fixture> {
     let Some(folder) = fixtures() else {
         return Vec::new();
@@ -57,6 +57,7 @@ pub(crate) fn manifest() -> Vec<Fixture> {
         .as_array()
         .expect("a list of fixtures")
         .iter()
+        .filter(|fixture| fixture["go"].is_string())
         .map(|fixture| Fixture {
             program: word(&fixture["program"]),
             go: word(&fixture["go"]),
