@@ -3,6 +3,7 @@
 
 mod bpftrace;
 mod census;
+mod hello;
 mod hits;
 mod sample;
 mod start;
@@ -16,6 +17,7 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 
+use crate::fixtures;
 use crate::go::Go;
 use crate::privilege;
 use crate::progress::{note, step};
@@ -155,6 +157,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         report: Report::default(),
         options,
     };
+    if bench.wants(Part::Throughput) || bench.wants(Part::System) {
+        fixtures::build(&bench.go, &fixtures::Options::default())?;
+    }
     let machine = machine();
     let parts: [(Part, &str, Measure); 5] = [
         (

@@ -159,7 +159,7 @@ fn zoos(wanted: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
 }
 
 /// CPU time of a process, ended threads included: fields 14 and 15 of /proc/PID/stat, in hundredths of a second.
-fn cpu_seconds(pid: u32) -> Result<f64> {
+pub(super) fn cpu_seconds(pid: u32) -> Result<f64> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let (_, fields) = text.rsplit_once(')').context("stat has no name")?;
     let ticks = fields

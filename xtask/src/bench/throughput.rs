@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use super::bpftrace;
+use super::hello;
 use super::sample::Sample;
 use super::table::Table;
 use super::watcher::Watcher;
@@ -25,11 +26,13 @@ const WATCHERS: &[(&str, By)] = &[
     ("lifecycle", By::Leakmon(&["--tier", "lifecycle"])),
     ("blocking", By::Leakmon(&["--tier", "blocking"])),
     (DEFAULT, By::Leakmon(&[])),
+    (ANOTHER, By::Elsewhere(&["--tier", "blocking"])),
     (BPFTRACE, By::Bpftrace),
 ];
 
 const CENSUS: &str = "census";
 const DEFAULT: &str = "default (5 %)";
+const ANOTHER: &str = "another process watched";
 const BPFTRACE: &str = "bpftrace";
 
 /// Who watches.
@@ -37,6 +40,9 @@ enum By {
     Nobody,
     /// leakmon, with these arguments.
     Leakmon(&'static [&'static str]),
+    /// leakmon, with these arguments, and another process: a program with threads in every wait.
+    Elsewhere(&'static [&'static str]),
+    /// At the places of a Go program; the others are not for it.
     Bpftrace,
 }
 
@@ -46,8 +52,17 @@ const LOOPS: &[&str] = &["pingpong", "spawn", "buffered"];
 /// The server's, which is the one that targets are set for.
 const HTTP: &str = "HTTP";
 
-/// The least that HTTP is to keep under the default governor.
+/// Requests for each second of the server's CPU time; in Rust, with axum on tokio.
+const AXUM: &str = "axum, by CPU";
+
+/// Two threads that wake each other.
+const FUTEX: &str = "futex pingpong";
+
+/// The least that a server is to keep under the default governor.
 const WANTED: f64 = 0.95;
+
+/// The least that threads are to keep while those of another process are watched.
+const WANTED_ELSEWHERE: f64 = 0.97;
 
 /// How far the server may differ from itself between two measurements alone.
 const MOST_NOISE: f64 = 0.05;
@@ -68,20 +83,26 @@ pub(super) fn run(bench: &mut Bench<'_>) -> Result<()> {
         .map(|name| (*name, Load::Loop(pingpong.clone(), name)))
         .collect();
     loads.push((HTTP, Load::Http(heavy)));
-    for (name, load) in &loads {
+    let tokio = fixtures::newest_tokio("pingpong")?;
+    let threads = fixtures::threads("c-release", "fthreads")?;
+    loads.push(("tokio pingpong", Load::Loop(tokio.clone(), "pingpong")));
+    loads.push(("tokio spawn", Load::Loop(tokio, "spawn")));
+    loads.push((AXUM, Load::Hello(fixtures::newest_tokio("axumleak")?)));
+    loads.push((FUTEX, Load::Loop(threads.clone(), "pingpong")));
+    loads.push(("thread spawn", Load::Loop(threads, "spawn")));
+    for (number, (name, load)) in loads.iter().enumerate() {
         note(*name);
-        let (alone, kept) = measure(bench, load, no_bpftrace.is_none())?;
+        let go = number <= LOOPS.len();
+        let (alone, kept) = measure(bench, load, go && no_bpftrace.is_none())?;
         let mut row = vec![(*name).to_owned(), format!("{:.0}", alone.median())];
         for ((column, _), kept) in WATCHERS.iter().zip(&kept).skip(1) {
             row.push(match (&no_bpftrace, *column) {
-                (Some(why), BPFTRACE) => why.clone(),
+                (Some(why), BPFTRACE) if go => why.clone(),
                 _ => kept.percent(),
             });
         }
         table.add(row);
-        if *name == HTTP {
-            targets(&mut bench.report, &kept);
-        }
+        targets(&mut bench.report, name, &kept);
     }
     bench.report.tables.push((
         "Throughput kept, of that alone (median, least–most of the rounds)",
@@ -103,7 +124,7 @@ fn stripped(bench: &Bench<'_>, name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn targets(report: &mut Report, kept: &[Sample]) {
+fn targets(report: &mut Report, load: &str, kept: &[Sample]) {
     let of = |wanted: &str| {
         let columns = WATCHERS.iter().zip(kept);
         columns
@@ -111,7 +132,8 @@ fn targets(report: &mut Report, kept: &[Sample]) {
             .map(|(_, sample)| sample)
             .next()
     };
-    let (Some(again), Some(census), Some(governed)) = (of("alone again"), of(CENSUS), of(DEFAULT))
+    let (Some(again), Some(census), Some(governed), Some(another)) =
+        (of("alone again"), of(CENSUS), of(DEFAULT), of(ANOTHER))
     else {
         return;
     };
@@ -121,18 +143,30 @@ fn targets(report: &mut Report, kept: &[Sample]) {
         true => Verdict::Noisy,
         false => reached.into(),
     };
-    report.target(
-        "HTTP at census",
-        &format!("100 %, within noise (alone: {})", again.percent()),
-        census.percent(),
-        verdict(census.median() >= again.min().min(0.99)),
-    );
-    report.target(
-        "HTTP under the default governor",
-        &format!("at least {:.0} %", 100.0 * WANTED),
-        governed.percent(),
-        verdict(governed.median() >= WANTED),
-    );
+    if load == HTTP {
+        report.target(
+            &format!("{load} at census"),
+            &format!("100 %, within noise (alone: {})", again.percent()),
+            census.percent(),
+            verdict(census.median() >= again.min().min(0.99)),
+        );
+    }
+    if load == HTTP || load == AXUM {
+        report.target(
+            &format!("{load} under the default governor"),
+            &format!("at least {:.0} %", 100.0 * WANTED),
+            governed.percent(),
+            verdict(governed.median() >= WANTED),
+        );
+    }
+    if load == FUTEX {
+        report.target(
+            &format!("{load} while the threads of another process are watched"),
+            &format!("at least {:.0} %", 100.0 * WANTED_ELSEWHERE),
+            another.percent(),
+            verdict(another.median() >= WANTED_ELSEWHERE),
+        );
+    }
 }
 
 /// A program, and what it is made to do.
@@ -141,12 +175,14 @@ enum Load {
     Loop(PathBuf, &'static str),
     /// The server at this path, with its client in another process.
     Http(PathBuf),
+    /// The server at this path, asked for `/hello` by this process.
+    Hello(PathBuf),
 }
 
 impl Load {
     fn program(&self) -> &Path {
         match self {
-            Self::Loop(path, _) | Self::Http(path) => path,
+            Self::Loop(path, _) | Self::Http(path) | Self::Hello(path) => path,
         }
     }
 }
@@ -160,6 +196,7 @@ fn measure(bench: &Bench<'_>, load: &Load, with_bpftrace: bool) -> Result<(Sampl
     } else {
         None
     };
+    let other = Program::start(&fixtures::threads("c-release", "threadzoo")?, &[])?;
     let mut alone = Sample::default();
     let mut kept = vec![Sample::default(); WATCHERS.len()];
     for round in 0..bench.rounds {
@@ -172,6 +209,9 @@ fn measure(bench: &Bench<'_>, load: &Load, with_bpftrace: bool) -> Result<(Sampl
             let watcher = match &WATCHERS[which].1 {
                 By::Nobody => None,
                 By::Leakmon(arguments) => Some(Watcher::leakmon(&bench.leakmon, pid, arguments)?),
+                By::Elsewhere(arguments) => {
+                    Some(Watcher::leakmon(&bench.leakmon, other.pid(), arguments)?)
+                }
                 By::Bpftrace => match &script {
                     Some(script) => Some(Watcher::bpftrace(pid, script)?),
                     None => continue,
@@ -204,7 +244,7 @@ impl<'a> Running<'a> {
         let mut program = Program::start(load.program(), &[])?;
         let address = match load {
             Load::Loop(..) => String::new(),
-            Load::Http(_) => {
+            Load::Http(_) | Load::Hello(_) => {
                 let line = program.line()?;
                 let address = line.strip_prefix("listening ");
                 address.context("the server says no address")?.to_owned()
@@ -217,14 +257,15 @@ impl<'a> Running<'a> {
         })
     }
 
-    /// Operations a second over this time.
+    /// Operations a second over this time; of [`Load::Hello`], a second of the server's CPU time.
     fn rate(&mut self, time: Duration) -> Result<f64> {
-        let time = format!("{}ms", time.as_millis());
+        let text = format!("{}ms", time.as_millis());
         let answer = match self.load {
-            Load::Loop(_, name) => self.program.ask(&format!("run {name} {time}"))?,
+            Load::Loop(_, name) => self.program.ask(&format!("run {name} {text}"))?,
             Load::Http(path) => Run::new(path)
-                .args(["-client", &self.address, "-d", &time])
+                .args(["-client", &self.address, "-d", &text])
                 .capture()?,
+            Load::Hello(_) => return hello::rate(self.program.pid(), &self.address, time),
         };
         field(&answer, "rate")
     }
