@@ -12,6 +12,7 @@ use aya_ebpf::{
 use leakmon_common::{
     Counters, MAX_TARGETS, Parked, SiteCount, Target, TargetSite, WaitCount, WaitKey,
     threads::KernelOffsets,
+    tokio::{Polls, TaskEntry},
 };
 
 /// What is known of each watched process. Written by user space only.
@@ -51,3 +52,11 @@ pub static KERNEL_OFFSETS: Array<KernelOffsets> = Array::with_max_entries(1, 0);
 /// The process whose threads are being read. Written by user space only.
 #[map]
 pub static ITERATED: Array<u32> = Array::with_max_entries(1, 0);
+
+/// The latest task of every header, by [`leakmon_common::parked_key`].
+#[map]
+pub static TASKS: HashMap<u64, TaskEntry> = HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
+
+/// The polls that a thread is in, by process and thread id.
+#[map]
+pub static POLLING: HashMap<u64, Polls> = HashMap::with_max_entries(16 * 1024, BPF_F_NO_PREALLOC);

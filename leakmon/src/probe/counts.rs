@@ -13,10 +13,55 @@ pub struct Counts {
     pub sites: Vec<(SiteKey, SiteFlow)>,
     /// Blocks by spawn site, reason and place, ordered by these.
     pub waits: Vec<WaitCounts>,
+    /// tokio's live tasks, as far as they were polled or said to be there,
+    /// ordered by header.
+    pub tasks: Vec<TaskRun>,
     /// Probe hits by role.
     pub hits: Hits,
     /// Hits that could not be counted.
     pub drops: Drops,
+}
+
+/// What was counted of one live task. Times are of CLOCK_MONOTONIC, in
+/// nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TaskRun {
+    /// tokio's task id; before tokio 1.23 a number that no other task has at
+    /// this header.
+    pub id: u64,
+    /// Its header's address.
+    pub header: u64,
+    /// Its vtable's address.
+    pub vtable: u64,
+    /// Where it was spawned, as far as its memory tells: the entry of its `poll`.
+    pub site: SiteKey,
+    /// It may have been there before the probes came; else its spawn was counted.
+    pub known: bool,
+    /// When its first poll began that was seen.
+    pub first_seen: Option<u64>,
+    /// Polls that ended.
+    pub polls: u64,
+    /// What they took, in nanoseconds.
+    pub busy_ns: u64,
+    /// The longest of them.
+    pub longest_ns: u64,
+    /// When the latest of them ended.
+    pub last_poll_end: Option<u64>,
+    /// Since when it is being polled, if it is.
+    pub polling_since: Option<u64>,
+}
+
+/// A task that a census found, for [`super::Attached::learned`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KnownTask {
+    /// Its header's address.
+    pub header: u64,
+    /// tokio's task id; 0 before tokio 1.23.
+    pub id: u64,
+    /// Its vtable's address.
+    pub vtable: u64,
+    /// The entry of its `poll`.
+    pub poll: u64,
 }
 
 /// What was counted of one kind of wait.
@@ -91,6 +136,8 @@ impl Drops {
             (Dropped::WaitsFull, "wait map full"),
             (Dropped::Unreadable, "memory not readable"),
             (Dropped::LostResume, "resume not seen"),
+            (Dropped::TasksFull, "task map full"),
+            (Dropped::ThreadsFull, "thread map full"),
         ]
         .into_iter()
         .map(|(reason, words)| (words, self.0[reason as usize]))

@@ -24,7 +24,7 @@ mod sys;
 
 pub use budget::{FLOOR_PERCENT, Governor, Interval, MIN_SHARE, Reading, Step, cpu_time};
 pub use calibrate::{Cost, calibrate, load};
-pub use counts::{Counts, Drops, Hits, WaitCounts};
+pub use counts::{Counts, Drops, Hits, KnownTask, TaskRun, WaitCounts};
 pub use driver::{Driver, Status};
 pub use error::Error;
 pub use kernel::{Attached, Empty, Kernel, Limits, Way};
