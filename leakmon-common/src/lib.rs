@@ -258,7 +258,7 @@ pub const fn histogram_bucket(nanos: u64) -> usize {
 
 #[cfg(feature = "user")]
 mod user {
-    use super::threads::{KernelOffsets, ThreadRecord};
+    use super::threads::{KernelOffsets, StackCopy, ThreadEntry, ThreadRecord};
     use super::tokio::{Polls, TaskEntry};
     use super::{Counters, Parked, SiteCount, SiteKey, Target, TargetSite, WaitCount, WaitKey};
 
@@ -279,9 +279,11 @@ mod user {
         Polls,
         SiteCount,
         SiteKey,
+        StackCopy,
         Target,
         TargetSite,
         TaskEntry,
+        ThreadEntry,
         ThreadRecord,
         WaitCount,
         WaitKey
@@ -347,6 +349,11 @@ mod tests {
         assert_eq!(size_of::<threads::ThreadRecord>(), 7 * 8 + 2 * 4);
         assert_eq!(size_of::<tokio::TaskEntry>(), 10 * 8 + 2 * 4);
         assert_eq!(size_of::<tokio::Polls>(), 9 * 8);
+        assert_eq!(size_of::<threads::ThreadEntry>(), 8 * 8 + 2 * 4);
+        assert_eq!(
+            size_of::<threads::StackCopy>(),
+            6 * 8 + threads::STACK_BYTES
+        );
         assert_eq!(size_of::<Counters>(), (SLOTS + DROP_REASONS) * 8);
     }
 

@@ -38,6 +38,27 @@ pub unsafe fn add(counter: *mut u64, value: u64) {
     }
 }
 
+/// Sets `*word` to `new` if it is `old`, at once; what it was.
+///
+/// # Safety
+///
+/// `word` must point into a map's value and be aligned to 8 bytes.
+#[inline(always)]
+pub unsafe fn exchange(word: *mut u64, old: u64, new: u64) -> u64 {
+    let mut result = old;
+    // SAFETY: one aligned 8-byte access to what the caller vouches for.
+    unsafe {
+        asm!(
+            "r0 = cmpxchg_64({word} + 0, r0, {new})",
+            word = in(reg) word,
+            new = in(reg) new,
+            inout("r0") result,
+            options(nostack),
+        );
+    }
+    result
+}
+
 /// What every program needs to count one hit.
 pub struct Hit<'a> {
     pub cookie: Cookie,

@@ -3,7 +3,6 @@
 //! `tokio_poll_session` sees both ends (kernel 6.13 and later); `tokio_poll` and
 //! `tokio_poll_returned` are the same for other kernels.
 
-use core::arch::asm;
 use core::ffi::c_void;
 
 use aya_ebpf::{
@@ -22,7 +21,7 @@ use leakmon_common::{
     },
 };
 
-use crate::hit::{End, Hit, count_park, count_resume};
+use crate::hit::{End, Hit, count_park, count_resume, exchange};
 use crate::maps::{POLLING, TASKS};
 
 /// First argument of a function in C's calling convention.
@@ -133,27 +132,6 @@ pub fn tokio_poll_returned(ctx: RetProbeContext) -> u32 {
         end(&ctx, &hit, polls.owners[index]);
     }
     0
-}
-
-/// Sets `*word` to `new` if it is `old`, at once; what it was.
-///
-/// # Safety
-///
-/// `word` must point into a map's value and be aligned to 8 bytes.
-#[inline(always)]
-unsafe fn exchange(word: *mut u64, old: u64, new: u64) -> u64 {
-    let mut result = old;
-    // SAFETY: one aligned 8-byte access to what the caller vouches for.
-    unsafe {
-        asm!(
-            "r0 = cmpxchg_64({word} + 0, r0, {new})",
-            word = in(reg) word,
-            new = in(reg) new,
-            inout("r0") result,
-            options(nostack),
-        );
-    }
-    result
 }
 
 /// Where a task was spawned, as far as its memory tells: its `poll`.

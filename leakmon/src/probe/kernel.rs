@@ -5,14 +5,14 @@ use std::collections::HashMap;
 use std::num::NonZeroU32;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuValues, Queue};
+use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuValues, Queue, RingBuf};
 use aya::programs::uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope};
 use aya::programs::{ProgramError, UProbe};
 use aya::{Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
-use leakmon_common::threads::KernelOffsets;
+use leakmon_common::threads::{KernelOffsets, StackCopy, ThreadEntry};
 use leakmon_common::tokio::{SESSION_COOKIE, SESSION_IS_RETURN, TaskEntry, header_of, owner};
 use leakmon_common::{
     Cookie, Counters, MAX_TARGETS, NO_SLOT, Parked, SiteCount, Target, TargetSite, WaitCount,
@@ -20,8 +20,11 @@ use leakmon_common::{
 };
 
 use super::btf::Btf;
-use super::counts::{Counts, Drops, Hits, KnownTask, TaskRun, WaitCounts};
+use super::counts::{
+    Counts, CreationStack, Drops, Hits, KnownTask, TaskRun, ThreadRun, WaitCounts,
+};
 use super::error::{Error, errno};
+use super::events::ProcessEvents;
 use super::object::{OBJECT, Object};
 use super::plan::{Code, Kind, Place, Plan, Role, Tier};
 use super::registers::{self, ThreadRegisters};
@@ -30,6 +33,9 @@ use crate::task::{Histogram, SiteFlow, SiteKey};
 
 /// The kernel's types.
 const BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// What they are, in messages.
+const EVENTS: &str = "events of processes";
 
 /// What a session is, in messages.
 const SESSIONS: &str = "programs that see a call and its return";
@@ -91,6 +97,8 @@ const EMPTY: &str = "empty";
 enum Links {
     Multi(OwnedFd),
     PerfEvent(Vec<UProbeLink>),
+    /// Of the whole machine, for all targets.
+    Tracepoint(Arc<OwnedFd>),
 }
 
 /// One index of `TARGETS`.
@@ -128,6 +136,14 @@ struct State {
     offsets: Array<MapData, KernelOffsets>,
     iterated: Array<MapData, u32>,
     tasks: MapData,
+    threads: MapData,
+    stacks: MapData,
+    watched: Array<MapData, u64>,
+    processes: aya::maps::HashMap<MapData, u32, u64>,
+    /// What the kernel's processes tell, until somebody wants it.
+    events: Option<(RingBuf<MapData>, Array<MapData, u64>)>,
+    /// Tracepoints that are attached, by function.
+    tracepoints: HashMap<&'static str, Weak<OwnedFd>>,
 }
 
 /// The loaded kernel side: one for a leakmon process, for any number of
@@ -197,6 +213,11 @@ impl Kernel {
         }
         let offsets = take(&mut ebpf, "KERNEL_OFFSETS")?;
         let tasks = take_data(&mut ebpf, "TASKS")?;
+        let threads = take_data(&mut ebpf, "THREADS")?;
+        let stacks = take_data(&mut ebpf, "STACKS")?;
+        let watched = take(&mut ebpf, "WATCHED")?;
+        let processes = take(&mut ebpf, "PROCESSES")?;
+        let events = (take(&mut ebpf, "EVENTS")?, take(&mut ebpf, "EVENTS_LOST")?);
         let iterated = take(&mut ebpf, "ITERATED")?;
         let mut state = State {
             targets: take(&mut ebpf, "TARGETS")?,
@@ -218,6 +239,12 @@ impl Kernel {
             types: None,
             described: false,
             tasks,
+            threads,
+            stacks,
+            watched,
+            processes,
+            events: Some(events),
+            tracepoints: HashMap::new(),
             offsets,
             iterated,
         };
@@ -305,6 +332,35 @@ impl Kernel {
 }
 
 impl Kernel {
+    /// What becomes of the machine's processes from now on; at most one reader.
+    /// Needs the initial pid namespace.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] says what is missing; nothing else is lost then.
+    pub fn events(&self) -> Result<ProcessEvents, Error> {
+        let mut state = lock(&self.shared);
+        state.describe_kernel(EVENTS)?;
+        let mut links = Vec::new();
+        for (name, function) in [
+            ("task_newtask", "process_fork"),
+            ("sched_process_exec", "process_exec"),
+            ("sched_process_exit", "process_exit"),
+        ] {
+            links.push(state.tracepoint(name, function)?);
+        }
+        let (ring, lost) = state.events.take().ok_or_else(|| Error::Unsupported {
+            what: EVENTS,
+            why: "somebody reads them already".to_owned(),
+        })?;
+        Ok(ProcessEvents {
+            ring,
+            lost,
+            told: 0,
+            _links: links,
+        })
+    }
+
     /// The registers of every thread of process `pid`, empty when it is gone. A
     /// thread that came or went meanwhile may be missing. Needs the initial pid
     /// namespace and kernel 5.15; before 6.1 the kernel looks at every thread of
@@ -353,7 +409,7 @@ fn cpus() -> Result<usize, Error> {
     })
 }
 
-fn map_error(what: &'static str) -> impl Fn(MapError) -> Error {
+pub(super) fn map_error(what: &'static str) -> impl Fn(MapError) -> Error {
     move |error| {
         let source = errno(&error).unwrap_or_else(|| std::io::Error::other(error));
         Error::Map { what, source }
@@ -548,6 +604,79 @@ impl State {
         program
     }
 
+    /// A program attached to a tracepoint of the whole machine.
+    fn tracepoint(
+        &mut self,
+        name: &'static str,
+        function: &'static str,
+    ) -> Result<Arc<OwnedFd>, Error> {
+        self.describe_kernel("tracepoints of threads")?;
+        if let Some(link) = self.tracepoints.get(function).and_then(Weak::upgrade) {
+            return Ok(link);
+        }
+        let program = self.program(function, ProgramType::RawTracepoint)?;
+        let link = sys::link_tracepoint(program.as_fd(), name).map_err(|source| {
+            Error::or_permission("bpf", source, |source| Error::Unsupported {
+                what: "a tracepoint of threads",
+                why: format!("{name}: {source}"),
+            })
+        })?;
+        let link = Arc::new(link);
+        self.tracepoints.insert(function, Arc::downgrade(&link));
+        Ok(link)
+    }
+
+    /// Has the tracepoints count for process `pid`.
+    fn watch(&mut self, pid: u32, cookie: Cookie) -> Result<(), Error> {
+        // BPF_NOEXIST: one target counts a process's threads.
+        self.processes
+            .insert(pid, cookie.pack(), 1)
+            .map_err(map_error("watch the threads of a process twice"))?;
+        self.watch_bit(pid)
+    }
+
+    /// The reverse of [`State::watch`].
+    fn unwatch(&mut self, pid: u32) -> Result<(), Error> {
+        self.processes
+            .remove(&pid)
+            .map_err(map_error("leave the threads of a process"))?;
+        self.watch_bit(pid)
+    }
+
+    /// Sets the bit for `pid` as long as there is a process with it.
+    fn watch_bit(&mut self, pid: u32) -> Result<(), Error> {
+        let low = pid & 0xffff;
+        let wanted = self
+            .processes
+            .keys()
+            .flatten()
+            .any(|pid| pid & 0xffff == low);
+        let error = map_error("watch the threads of a process");
+        let mut word = self.watched.get(&(low / 64), 0).map_err(&error)?;
+        let bit = 1 << (low % 64);
+        word = if wanted { word | bit } else { word & !bit };
+        self.watched.set(low / 64, word, 0).map_err(&error)
+    }
+
+    /// Every entry of `THREADS` of a target.
+    fn threads(&self, target: u16) -> std::io::Result<impl Iterator<Item = (u32, ThreadEntry)>> {
+        let entries = sys::entries::<u32, ThreadEntry>(self.threads.fd().as_fd(), 1)?;
+        Ok(entries
+            .into_iter()
+            .filter_map(|(key, entries)| Some((key, *entries.first()?)))
+            .filter(move |(_, thread)| thread.target == u64::from(target)))
+    }
+
+    /// Every entry of `STACKS` of a target.
+    fn stacks(&self, target: u16) -> std::io::Result<Vec<(TargetSite, StackCopy)>> {
+        let entries = sys::entries::<TargetSite, StackCopy>(self.stacks.fd().as_fd(), 1)?;
+        Ok(entries
+            .into_iter()
+            .filter(|(key, _)| key.target == u64::from(target))
+            .filter_map(|(key, entries)| Some((key, *entries.first()?)))
+            .collect())
+    }
+
     /// Attaches a role's program at `places` of `pid`, all or none.
     fn link(
         &mut self,
@@ -558,6 +687,10 @@ impl State {
     ) -> Result<Vec<Links>, Error> {
         let programs = match (kind, self.way) {
             (Kind::Nothing, _) => Vec::new(),
+            (Kind::Tracepoint { name, function }, _) => {
+                let link = self.tracepoint(name, function)?;
+                return Ok(vec![Links::Tracepoint(link)]);
+            }
             (Kind::Entry(name), _) => vec![(name, When::Entry)],
             (Kind::Call { session, .. }, Way::Multi) if self.session(session).is_some() => {
                 vec![(session, When::Session)]
@@ -801,6 +934,19 @@ impl State {
             .map(|(key, _)| key)
             .collect();
         sys::remove(self.tasks.fd().as_fd(), &tasks).map_err(error)?;
+        let threads: Vec<u32> = self
+            .threads(target)
+            .map_err(error)?
+            .map(|(tid, _)| tid)
+            .collect();
+        sys::remove(self.threads.fd().as_fd(), &threads).map_err(error)?;
+        let stacks: Vec<TargetSite> = self
+            .stacks(target)
+            .map_err(error)?
+            .into_iter()
+            .map(|(key, _)| key)
+            .collect();
+        sys::remove(self.stacks.fd().as_fd(), &stacks).map_err(error)?;
         let zero = vec![Counters::default(); self.cpus];
         let zero = PerCpuValues::try_from(zero).map_err(error)?;
         self.counters.set(index, zero, 0).map_err(&set)
@@ -826,6 +972,8 @@ fn detach(links: Vec<Links>) {
                     scope.spawn(move || drop(link));
                 }
                 Links::PerfEvent(links) => perf_events.extend(links),
+                // The kernel does not wait for these.
+                Links::Tracepoint(link) => drop(link),
             }
         }
         for link in perf_events {
@@ -877,6 +1025,9 @@ impl Attached {
             argument: 0,
             epoch: self.target.epoch,
         };
+        if self.tier == Tier::Census && self.has_tracepoints() {
+            state.watch(self.pid.get(), cookie)?;
+        }
         let mut added = Vec::new();
         for &role in &self.roles {
             if role.tier() <= self.tier || role.tier() > tier {
@@ -891,6 +1042,9 @@ impl Attached {
             match state.link(role.program().kind, self.pid, cookie, &places) {
                 Ok(links) => added.push((role, links)),
                 Err(error) => {
+                    if self.tier == Tier::Census && self.has_tracepoints() {
+                        state.unwatch(self.pid.get())?;
+                    }
                     drop(state);
                     detach(added.into_iter().flat_map(|(_, links)| links).collect());
                     return Err(error);
@@ -911,13 +1065,25 @@ impl Attached {
         state.set_target(self.index, self.target)
     }
 
+    /// Whether the plan has programs of tracepoints.
+    fn has_tracepoints(&self) -> bool {
+        self.roles
+            .iter()
+            .any(|role| matches!(role.program().kind, Kind::Tracepoint { .. }))
+    }
+
     fn step_down(&mut self, tier: Tier) -> Result<(), Error> {
         // All roles of a tier stop counting at once.
         self.target.blocking_since = 0;
         if tier == Tier::Census {
             self.target.lifecycle_since = 0;
         }
-        let closed = lock(&self.shared).set_target(self.index, self.target);
+        let mut state = lock(&self.shared);
+        let mut closed = state.set_target(self.index, self.target);
+        if tier == Tier::Census && self.has_tracepoints() {
+            closed = closed.and(state.unwatch(self.pid.get()));
+        }
+        drop(state);
         let (gone, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut self.links)
             .into_iter()
             .partition(|(role, _)| role.tier() > tier);
@@ -992,11 +1158,24 @@ impl Attached {
                 .collect();
             tasks.sort_unstable_by_key(|task| task.header);
         }
+        let mut threads = Vec::new();
+        if self.has_tracepoints() {
+            threads = state
+                .threads(self.index)
+                .map_err(|source| Error::Map {
+                    what: "read the threads",
+                    source,
+                })?
+                .map(|(tid, thread)| thread_run(tid, &thread, self.target.blocking_since))
+                .collect();
+            threads.sort_unstable_by_key(|thread| thread.tid);
+        }
         let (hits, drops) = state.counters(self.index, &self.roles)?;
         Ok(Counts {
             sites,
             waits,
             tasks,
+            threads,
             hits,
             drops,
         })
@@ -1026,7 +1205,47 @@ fn task_run(task: &TaskEntry, lifecycle_since: u64) -> TaskRun {
     }
 }
 
+/// What user space says of a thread. Nothing is known of a block during which the
+/// probes were away.
+fn thread_run(tid: u32, thread: &ThreadEntry, blocking_since: u64) -> ThreadRun {
+    let attached = blocking_since != 0 && thread.since >= blocking_since;
+    ThreadRun {
+        tid,
+        site: thread.site,
+        born: (thread.born != 0).then_some(thread.born),
+        blocked_since: attached.then_some(thread.since),
+        reason: thread.reason,
+        argument: thread.argument,
+        voluntary: thread.voluntary,
+        involuntary: thread.involuntary,
+    }
+}
+
 impl Attached {
+    /// The stacks of those who made the first thread of each site, so far.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn creation_stacks(&self) -> Result<Vec<CreationStack>, Error> {
+        let stacks = lock(&self.shared).stacks(self.index);
+        let stacks = stacks.map_err(|source| Error::Map {
+            what: "read the stacks",
+            source,
+        })?;
+        Ok(stacks
+            .into_iter()
+            .map(|(key, copy)| CreationStack {
+                site: key.site,
+                ip: copy.ip,
+                sp: copy.sp,
+                frame: copy.frame,
+                link: copy.link,
+                bytes: copy.bytes[..(copy.length as usize).min(copy.bytes.len())].to_vec(),
+            })
+            .collect())
+    }
+
     /// Whether [`Attached::learned`] is waited for.
     pub fn is_learning(&self) -> bool {
         self.target.learning != 0
@@ -1094,6 +1313,12 @@ impl Drop for Attached {
         let links = std::mem::take(&mut self.links);
         detach(links.into_iter().flat_map(|(_, links)| links).collect());
         let mut state = lock(&self.shared);
+        if self.tier > Tier::Census
+            && self.has_tracepoints()
+            && let Err(error) = state.unwatch(self.pid.get())
+        {
+            log::warn!("process {}: {error}", self.pid);
+        }
         let cleared = state.clear(self.index);
         state.indices[usize::from(self.index)] = match cleared {
             Ok(()) => Index::Free,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 pub use leakmon_common::Layout;
 use leakmon_common::go::slot as go;
+use leakmon_common::threads::slot as threads;
 use leakmon_common::tokio::slot as tokio;
 
 use crate::binary::addr::FileOffset;
@@ -45,6 +46,17 @@ pub enum Role {
     /// tokio: the time from the end of a task's poll to the start of its next.
     /// It has no place of its own: [`Role::Poll`] measures it.
     Idle,
+    /// Threads: a call of `pthread_create`, at its first instruction: RDX / X2 is
+    /// the start routine, RCX / X3 its argument, the return address lies at RSP /
+    /// in X30. It names the sites of [`Role::ThreadStart`].
+    ThreadCreate,
+    /// Threads: one is made, by the kernel's tracepoint: it has no place.
+    ThreadStart,
+    /// Threads: one ends, by the kernel's tracepoint: it has no place.
+    ThreadExit,
+    /// Threads: one is taken from its CPU or put on one, by the kernel's
+    /// tracepoint: it has no place.
+    ThreadSwitch,
 }
 
 /// How a role's program sees what happens.
@@ -60,6 +72,13 @@ pub(super) enum Kind {
         entry: &'static str,
         /// At the return.
         returned: &'static str,
+    },
+    /// At one of the kernel's tracepoints, on the whole machine.
+    Tracepoint {
+        /// The kernel's name of it.
+        name: &'static str,
+        /// The function's name in leakmon-ebpf.
+        function: &'static str,
     },
     /// Not at all: another role's program does it.
     Nothing,
@@ -81,8 +100,8 @@ pub(super) struct Program {
 /// Every program, in the order of [`Role`]'s variants. Adding a runtime adds
 /// its lines here.
 #[rustfmt::skip]
-pub(super) const PROGRAMS: [Program; 9] = {
-    use Kind::{Call, Entry, Nothing};
+pub(super) const PROGRAMS: [Program; 13] = {
+    use Kind::{Call, Entry, Nothing, Tracepoint};
     use Tier::{Blocking, Lifecycle};
     const fn program(role: Role, kind: Kind, slot: usize, tier: Tier, name: &'static str) -> Program {
         Program { role, kind, slot, tier, name }
@@ -101,6 +120,22 @@ pub(super) const PROGRAMS: [Program; 9] = {
             tokio::POLL, Lifecycle, "poll",
         ),
         program(Role::Idle, Nothing, tokio::IDLE, Blocking, "idle"),
+        program(Role::ThreadCreate, Entry("thread_create"), threads::CREATE, Lifecycle, "pthread_create"),
+        program(
+            Role::ThreadStart,
+            Tracepoint { name: "task_newtask", function: "thread_start" },
+            threads::START, Lifecycle, "thread start",
+        ),
+        program(
+            Role::ThreadExit,
+            Tracepoint { name: "sched_process_exit", function: "thread_exit" },
+            threads::EXIT, Lifecycle, "thread exit",
+        ),
+        program(
+            Role::ThreadSwitch,
+            Tracepoint { name: "sched_switch", function: "thread_switch" },
+            threads::SWITCH, Blocking, "thread switch",
+        ),
     ]
 };
 

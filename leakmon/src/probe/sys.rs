@@ -18,6 +18,8 @@ const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_ITER_CREATE: libc::c_long = 33;
 const BPF_PROG_TYPE_KPROBE: u32 = 2;
+const BPF_RAW_TRACEPOINT_OPEN: libc::c_long = 17;
+const BPF_PROG_TYPE_RAW_TRACEPOINT: u32 = 17;
 const BPF_PROG_TYPE_TRACING: u32 = 26;
 const BPF_TRACE_ITER: u32 = 28;
 const BPF_TRACE_UPROBE_MULTI: u32 = 48;
@@ -31,6 +33,8 @@ pub(super) enum ProgramType {
     UprobeMulti,
     /// For [`link_uprobes`]: a program that sees a call and its return.
     UprobeSession,
+    /// For [`link_tracepoint`].
+    RawTracepoint,
     /// For [`iterate_tasks`]; the BTF id of the kernel's `bpf_iter_task`.
     TaskIterator(u32),
 }
@@ -41,6 +45,7 @@ impl ProgramType {
         match self {
             ProgramType::UprobeMulti => (BPF_PROG_TYPE_KPROBE, BPF_TRACE_UPROBE_MULTI, 0),
             ProgramType::UprobeSession => (BPF_PROG_TYPE_KPROBE, BPF_TRACE_UPROBE_SESSION, 0),
+            ProgramType::RawTracepoint => (BPF_PROG_TYPE_RAW_TRACEPOINT, 0, 0),
             ProgramType::TaskIterator(id) => (BPF_PROG_TYPE_TRACING, BPF_TRACE_ITER, id),
         }
     }
@@ -265,6 +270,27 @@ pub(super) fn link_uprobes(
     // SAFETY: a terminated string and two slices of `cnt` elements, all of which
     // outlive the call.
     unsafe { bpf(BPF_LINK_CREATE, &mut attr) }.and_then(owned)
+}
+
+/// `bpf_attr` of `BPF_RAW_TRACEPOINT_OPEN`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RawTracepoint {
+    name: u64,
+    prog_fd: u32,
+    reserved: u32,
+}
+
+/// Attaches `program` to a tracepoint, until the descriptor is closed.
+pub(super) fn link_tracepoint(program: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd> {
+    let name = CString::new(name)?;
+    let mut attr = RawTracepoint {
+        name: name.as_ptr() as u64,
+        prog_fd: raw(program),
+        reserved: 0,
+    };
+    // SAFETY: a terminated string that outlives the call.
+    unsafe { bpf(BPF_RAW_TRACEPOINT_OPEN, &mut attr) }.and_then(owned)
 }
 
 /// A file whose bytes are what the iterator `program` writes for the threads of
