@@ -7,6 +7,7 @@
 
 pub mod go;
 pub mod threads;
+pub mod tokio;
 
 /// Buckets of a blocked-duration histogram.
 ///
@@ -58,8 +59,9 @@ pub struct Target {
     /// Must equal the cookie's, so that a link of an earlier user of this index
     /// can never count for this one.
     pub epoch: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// 1: it is not known yet which tasks there were before the probes came: one
+    /// that is seen for the first time is taken for such, and no end is counted.
+    pub learning: u32,
 }
 
 /// What a link passes to its program, packed in an attach cookie.
@@ -198,10 +200,14 @@ pub enum Dropped {
     /// A goroutine parked that was not seen to go on: its earlier wait's
     /// duration is lost.
     LostResume = 5,
+    /// The map of tasks, or of threads' births, is full: one is not followed.
+    TasksFull = 6,
+    /// A map by thread is full: what one does is not counted.
+    ThreadsFull = 7,
 }
 
 /// Variants of [`Dropped`].
-pub const DROP_REASONS: usize = 6;
+pub const DROP_REASONS: usize = 8;
 
 /// Value of `COUNTERS`, one for each CPU and target.
 #[repr(C)]
@@ -252,7 +258,8 @@ pub const fn histogram_bucket(nanos: u64) -> usize {
 
 #[cfg(feature = "user")]
 mod user {
-    use super::threads::{KernelOffsets, ThreadRecord};
+    use super::threads::{KernelOffsets, StackCopy, ThreadEntry, ThreadRecord};
+    use super::tokio::{Polls, TaskEntry};
     use super::{Counters, Parked, SiteCount, SiteKey, Target, TargetSite, WaitCount, WaitKey};
 
     macro_rules! pod {
@@ -269,10 +276,14 @@ mod user {
         Counters,
         KernelOffsets,
         Parked,
+        Polls,
         SiteCount,
         SiteKey,
+        StackCopy,
         Target,
         TargetSite,
+        TaskEntry,
+        ThreadEntry,
         ThreadRecord,
         WaitCount,
         WaitKey
@@ -336,6 +347,13 @@ mod tests {
         assert_eq!(size_of::<Parked>(), 2 * 8 + 2 * 4 + WAIT_FRAMES * 8);
         assert_eq!(size_of::<threads::KernelOffsets>(), 6 * 4);
         assert_eq!(size_of::<threads::ThreadRecord>(), 7 * 8 + 2 * 4);
+        assert_eq!(size_of::<tokio::TaskEntry>(), 10 * 8 + 2 * 4);
+        assert_eq!(size_of::<tokio::Polls>(), 9 * 8);
+        assert_eq!(size_of::<threads::ThreadEntry>(), 8 * 8 + 2 * 4);
+        assert_eq!(
+            size_of::<threads::StackCopy>(),
+            6 * 8 + threads::STACK_BYTES
+        );
         assert_eq!(size_of::<Counters>(), (SLOTS + DROP_REASONS) * 8);
     }
 

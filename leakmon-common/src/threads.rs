@@ -43,3 +43,171 @@ pub struct ThreadRecord {
     /// and the kernel's other bits (include/linux/sched.h).
     pub state: u32,
 }
+
+/// Slots of the programs in [`crate::Counters::hits`].
+pub mod slot {
+    /// A call of `pthread_create`.
+    pub const CREATE: usize = 0;
+    /// A thread was made.
+    pub const START: usize = 1;
+    /// A thread's end.
+    pub const EXIT: usize = 2;
+    /// A thread is put on a CPU or taken from it.
+    pub const SWITCH: usize = 3;
+}
+
+/// A start routine that many kinds of threads share, and where the argument's
+/// object has a word that tells them apart.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Shared {
+    /// Its runtime address; 0: none.
+    pub start: u64,
+    /// Of the word, in bytes from `pthread_create`'s fourth argument.
+    pub offset: u64,
+}
+
+/// What the program of `pthread_create` must know of a process.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Layout {
+    /// Start routines of languages' runtimes: such a thread's site has that word
+    /// in place of the start routine.
+    pub shared: [Shared; 2],
+}
+
+impl Layout {
+    /// As a plan carries it.
+    pub const fn words(self) -> crate::Layout {
+        let [a, b] = self.shared;
+        [a.start, a.offset, b.start, b.offset]
+    }
+
+    /// The reverse of [`Layout::words`].
+    #[inline(always)]
+    pub const fn of(words: &crate::Layout) -> Self {
+        let [start, offset, other, behind] = *words;
+        Layout {
+            shared: [
+                Shared { start, offset },
+                Shared {
+                    start: other,
+                    offset: behind,
+                },
+            ],
+        }
+    }
+}
+
+/// Words of `WATCHED`: a bit for each value of a process id's low 16 bits.
+pub const WATCHED_WORDS: u32 = (1 << 16) / 64;
+
+/// [`reason`] of a thread that blocks outside of any system call.
+pub const NO_SYSCALL: u32 = 0xffff;
+
+/// What a thread blocks in, as a wait's reason: the number of the system call
+/// and, of futex(2), its operation.
+#[inline(always)]
+pub const fn reason(syscall: u32, operation: u32) -> u32 {
+    (syscall & 0xffff) | operation << 16
+}
+
+/// Value of `THREADS`, by thread id.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ThreadEntry {
+    /// Where it was made; all 0: it was there before the probes came, or made
+    /// without `pthread_create`.
+    pub site: crate::SiteKey,
+    /// When it was made, CLOCK_MONOTONIC nanoseconds; 0: not known.
+    pub born: u64,
+    /// Since when it is blocked; 0: it is not.
+    pub since: u64,
+    /// First argument of the system call that it blocks or last blocked in.
+    pub argument: u64,
+    /// Times that it blocked.
+    pub voluntary: u64,
+    /// Times that its CPU was taken.
+    pub involuntary: u64,
+    /// [`reason`] of the latest block.
+    pub reason: u32,
+    /// Slot of it in `WAIT_COUNTS`, or [`crate::NO_SLOT`].
+    pub slot: u32,
+    /// Index in `TARGETS`.
+    pub target: u64,
+}
+
+/// Bytes of a stack that are copied.
+pub const STACK_BYTES: usize = 8192;
+
+/// Value of `STACKS`, by [`crate::TargetSite`]: the caller's stack at the first
+/// `pthread_create` of a site.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct StackCopy {
+    /// Instruction pointer, in `pthread_create`.
+    pub ip: u64,
+    /// Stack pointer: the address of `bytes`.
+    pub sp: u64,
+    /// Frame pointer: RBP / X29.
+    pub frame: u64,
+    /// X30; 0 on x86_64.
+    pub link: u64,
+    /// Bytes that were read.
+    pub length: u64,
+    /// Not 0 while it is being written.
+    pub lock: u64,
+    /// From the stack pointer on.
+    pub bytes: [u8; STACK_BYTES],
+}
+
+impl Default for StackCopy {
+    fn default() -> Self {
+        StackCopy {
+            ip: 0,
+            sp: 0,
+            frame: 0,
+            link: 0,
+            length: 0,
+            lock: 0,
+            bytes: [0; STACK_BYTES],
+        }
+    }
+}
+
+/// Kinds of process events, in the upper half of an event; the process id is
+/// the lower.
+pub mod event {
+    /// A process was made.
+    pub const FORK: u32 = 1;
+    /// A process runs another program.
+    pub const EXEC: u32 = 2;
+    /// A process's last thread ends.
+    pub const EXIT: u32 = 3;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layouts_round_trip() {
+        let layout = Layout {
+            shared: [
+                Shared {
+                    start: 1,
+                    offset: 2,
+                },
+                Shared {
+                    start: 3,
+                    offset: 4,
+                },
+            ],
+        };
+        assert_eq!(Layout::of(&layout.words()), layout);
+    }
+
+    #[test]
+    fn reasons_differ_by_operation() {
+        assert_ne!(reason(202, 0x80), reason(202, 0x89));
+        assert_eq!(reason(202, 0x80) & 0xffff, 202);
+    }
+}

@@ -38,6 +38,27 @@ pub unsafe fn add(counter: *mut u64, value: u64) {
     }
 }
 
+/// Sets `*word` to `new` if it is `old`, at once; what it was.
+///
+/// # Safety
+///
+/// `word` must point into a map's value and be aligned to 8 bytes.
+#[inline(always)]
+pub unsafe fn exchange(word: *mut u64, old: u64, new: u64) -> u64 {
+    let mut result = old;
+    // SAFETY: one aligned 8-byte access to what the caller vouches for.
+    unsafe {
+        asm!(
+            "r0 = cmpxchg_64({word} + 0, r0, {new})",
+            word = in(reg) word,
+            new = in(reg) new,
+            inout("r0") result,
+            options(nostack),
+        );
+    }
+    result
+}
+
 /// What every program needs to count one hit.
 pub struct Hit<'a> {
     pub cookie: Cookie,
@@ -59,17 +80,34 @@ impl Hit<'_> {
         Self::of::<SLOT>(cookie)
     }
 
-    /// The same for a target that is known otherwise than by a link.
+    /// As [`Hit::new`], for the return of a call that was counted as a hit.
+    ///
+    /// # Safety
+    ///
+    /// As [`Hit::new`].
+    #[inline(always)]
+    pub unsafe fn returned(ctx: *mut c_void) -> Option<Self> {
+        // SAFETY: as the caller says.
+        Self::find(Cookie::unpack(unsafe { bpf_get_attach_cookie(ctx) }))
+    }
+
+    /// As [`Hit::new`], for a target that is known otherwise than by a link.
     #[inline(always)]
     pub fn of<const SLOT: usize>(cookie: Cookie) -> Option<Self> {
+        let hit = Self::find(cookie)?;
+        // SAFETY: the map's value.
+        unsafe { add(&raw mut (*hit.counters).hits[SLOT], 1) };
+        Some(hit)
+    }
+
+    #[inline(always)]
+    fn find(cookie: Cookie) -> Option<Self> {
         let index = u32::from(cookie.target);
         let target = TARGETS.get(index)?;
         if target.epoch != cookie.epoch {
             return None;
         }
         let counters = COUNTERS.get_ptr_mut(index)?;
-        // SAFETY: the map's value.
-        unsafe { add(&raw mut (*counters).hits[SLOT], 1) };
         Some(Self {
             cookie,
             target,

@@ -11,6 +11,8 @@ mod go;
 mod hit;
 mod maps;
 mod registers;
+mod threads;
+mod tokio;
 
 use aya_ebpf::{macros::uprobe, programs::ProbeContext};
 

@@ -7,11 +7,12 @@
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     macros::map,
-    maps::{Array, HashMap, PerCpuArray, PerCpuHashMap, Queue},
+    maps::{Array, HashMap, PerCpuArray, PerCpuHashMap, Queue, RingBuf},
 };
 use leakmon_common::{
-    Counters, MAX_TARGETS, Parked, SiteCount, Target, TargetSite, WaitCount, WaitKey,
-    threads::KernelOffsets,
+    Counters, MAX_TARGETS, Parked, SiteCount, SiteKey, Target, TargetSite, WaitCount, WaitKey,
+    threads::{KernelOffsets, StackCopy, ThreadEntry, WATCHED_WORDS},
+    tokio::{Polls, TaskEntry},
 };
 
 /// What is known of each watched process. Written by user space only.
@@ -51,3 +52,46 @@ pub static KERNEL_OFFSETS: Array<KernelOffsets> = Array::with_max_entries(1, 0);
 /// The process whose threads are being read. Written by user space only.
 #[map]
 pub static ITERATED: Array<u32> = Array::with_max_entries(1, 0);
+
+/// The latest task of every header, by [`leakmon_common::parked_key`].
+#[map]
+pub static TASKS: HashMap<u64, TaskEntry> = HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
+
+/// The polls that a thread is in, by process and thread id.
+#[map]
+pub static POLLING: HashMap<u64, Polls> = HashMap::with_max_entries(16 * 1024, BPF_F_NO_PREALLOC);
+
+/// A bit for each value of the low 16 bits of a watched process's id. Written by
+/// user space only.
+#[map]
+pub static WATCHED: Array<u64> = Array::with_max_entries(WATCHED_WORDS, 0);
+
+/// The cookies of the processes whose threads are watched. Written by user space
+/// only.
+#[map]
+pub static PROCESSES: HashMap<u32, u64> = HashMap::with_max_entries(MAX_TARGETS, BPF_F_NO_PREALLOC);
+
+/// Threads of watched processes, by thread id.
+#[map]
+pub static THREADS: HashMap<u32, ThreadEntry> =
+    HashMap::with_max_entries(64 * 1024, BPF_F_NO_PREALLOC);
+
+/// Sites of threads that are being made, by process and thread id of the maker.
+#[map]
+pub static CREATING: HashMap<u64, SiteKey> = HashMap::with_max_entries(8 * 1024, BPF_F_NO_PREALLOC);
+
+/// Where the first thread of each site was made.
+#[map]
+pub static STACKS: HashMap<TargetSite, StackCopy> = HashMap::with_max_entries(128, 0);
+
+/// A stack on its way to `STACKS`: too large for a program's own stack.
+#[map]
+pub static SCRATCH: PerCpuArray<StackCopy> = PerCpuArray::with_max_entries(1, 0);
+
+/// What became of processes: kind and process id.
+#[map]
+pub static EVENTS: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
+
+/// Events that found `EVENTS` full.
+#[map]
+pub static EVENTS_LOST: Array<u64> = Array::with_max_entries(1, 0);

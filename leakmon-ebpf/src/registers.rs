@@ -36,6 +36,14 @@ pub mod user {
     /// None.
     pub const LINK: Option<usize> = None;
 
+    /// The system call that a thread is in, and its first two arguments: orig_ax,
+    /// rdi, rsi.
+    #[inline(always)]
+    pub fn call(regs: *const core::ffi::c_void) -> Option<[u64; 3]> {
+        let [rsi, rdi, orig_ax] = super::kernel::<[u64; 3]>(regs, 13 * 8)?;
+        Some([orig_ax, rdi, rsi])
+    }
+
     /// `orig_ax`.
     #[inline(always)]
     pub fn syscall(regs: &[u64; WORDS]) -> i64 {
@@ -53,6 +61,15 @@ pub mod user {
     pub const SP: usize = 31;
     pub const IP: usize = 32;
     pub const SYSCALL: usize = 35;
+
+    /// The system call that a thread is in, and its first two arguments:
+    /// syscallno, orig_x0, x1.
+    #[inline(always)]
+    pub fn call(regs: *const core::ffi::c_void) -> Option<[u64; 3]> {
+        let x1: u64 = super::kernel(regs, 8)?;
+        let [orig_x0, syscall] = super::kernel::<[u64; 2]>(regs, 34 * 8)?;
+        Some([syscall, orig_x0, x1])
+    }
 
     /// `syscallno`, an s32.
     #[inline(always)]

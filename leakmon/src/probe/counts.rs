@@ -13,10 +13,99 @@ pub struct Counts {
     pub sites: Vec<(SiteKey, SiteFlow)>,
     /// Blocks by spawn site, reason and place, ordered by these.
     pub waits: Vec<WaitCounts>,
+    /// tokio's live tasks, as far as they were polled or said to be there,
+    /// ordered by header.
+    pub tasks: Vec<TaskRun>,
+    /// Threads that were made or switched while the probes were attached,
+    /// ordered by thread id. One that ended while they were away may be left.
+    pub threads: Vec<ThreadRun>,
     /// Probe hits by role.
     pub hits: Hits,
     /// Hits that could not be counted.
     pub drops: Drops,
+}
+
+/// What was counted of one live task. Times are of CLOCK_MONOTONIC, in
+/// nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TaskRun {
+    /// tokio's task id; before tokio 1.23 a number that no other task has at
+    /// this header.
+    pub id: u64,
+    /// Its header's address.
+    pub header: u64,
+    /// Its vtable's address.
+    pub vtable: u64,
+    /// Where it was spawned, as far as its memory tells: the entry of its `poll`.
+    pub site: SiteKey,
+    /// It may have been there before the probes came; else its spawn was counted.
+    pub known: bool,
+    /// When its first poll began that was seen.
+    pub first_seen: Option<u64>,
+    /// Polls that ended.
+    pub polls: u64,
+    /// What they took, in nanoseconds.
+    pub busy_ns: u64,
+    /// The longest of them.
+    pub longest_ns: u64,
+    /// When the latest of them ended.
+    pub last_poll_end: Option<u64>,
+    /// Since when it is being polled, if it is.
+    pub polling_since: Option<u64>,
+}
+
+/// What was counted of one thread. Times are of CLOCK_MONOTONIC, in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ThreadRun {
+    /// Thread id.
+    pub tid: u32,
+    /// Where it was made: the return address of `pthread_create`, and the start
+    /// routine or the word of `leakmon_common::threads::Shared`. All 0 where the
+    /// probes did not see it.
+    pub site: SiteKey,
+    /// When it was made, if the probes saw it.
+    pub born: Option<u64>,
+    /// Since when it is blocked, if it is.
+    pub blocked_since: Option<u64>,
+    /// What it is or was last blocked in: see
+    /// [`leakmon_common::threads::reason`].
+    pub reason: u32,
+    /// First argument of that system call: the address of a futex.
+    pub argument: u64,
+    /// Times that it blocked.
+    pub voluntary: u64,
+    /// Times that its CPU was taken.
+    pub involuntary: u64,
+}
+
+/// The caller's stack at the first `pthread_create` of a site.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CreationStack {
+    /// The threads' site.
+    pub site: SiteKey,
+    /// Instruction pointer: the first instruction of `pthread_create`.
+    pub ip: u64,
+    /// Stack pointer: the address of the first of `bytes`.
+    pub sp: u64,
+    /// Frame pointer: RBP / X29.
+    pub frame: u64,
+    /// X30; 0 on x86_64.
+    pub link: u64,
+    /// The stack from there on, at most 8 KiB.
+    pub bytes: Vec<u8>,
+}
+
+/// A task that a census found, for [`super::Attached::learned`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KnownTask {
+    /// Its header's address.
+    pub header: u64,
+    /// tokio's task id; 0 before tokio 1.23.
+    pub id: u64,
+    /// Its vtable's address.
+    pub vtable: u64,
+    /// The entry of its `poll`.
+    pub poll: u64,
 }
 
 /// What was counted of one kind of wait.
@@ -91,6 +180,8 @@ impl Drops {
             (Dropped::WaitsFull, "wait map full"),
             (Dropped::Unreadable, "memory not readable"),
             (Dropped::LostResume, "resume not seen"),
+            (Dropped::TasksFull, "task map full"),
+            (Dropped::ThreadsFull, "thread map full"),
         ]
         .into_iter()
         .map(|(reason, words)| (words, self.0[reason as usize]))

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::budget::{Governor, Interval, Reading, cpu_time};
-use super::counts::Counts;
+use super::counts::{Counts, CreationStack, KnownTask};
 use super::error::Error;
 use super::kernel::Attached;
 use super::plan::Tier;
@@ -82,6 +82,22 @@ impl Driver {
     /// [`Error::Map`].
     pub fn counts(&self) -> Result<Counts, Error> {
         self.shared.lock().attached.read()
+    }
+
+    /// See [`Attached::creation_stacks`].
+    ///
+    /// # Errors
+    /// [`Error::Map`].
+    pub fn creation_stacks(&self) -> Result<Vec<CreationStack>, Error> {
+        self.shared.lock().attached.creation_stacks()
+    }
+
+    /// See [`Attached::learned`].
+    ///
+    /// # Errors
+    /// [`Error::Map`].
+    pub fn learned(&self, known: &[KnownTask]) -> Result<(), Error> {
+        self.shared.lock().attached.learned(known)
     }
 
     /// What happened since the last call.

@@ -1,32 +1,44 @@
 //! Loads the kernel side, attaches plans to processes and reads what it
 //! counted.
 
+use std::collections::HashMap;
 use std::num::NonZeroU32;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuValues, Queue};
+use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuValues, Queue, RingBuf};
 use aya::programs::uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope};
 use aya::programs::{ProgramError, UProbe};
 use aya::{Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
+use leakmon_common::threads::{KernelOffsets, StackCopy, ThreadEntry};
+use leakmon_common::tokio::{SESSION_COOKIE, SESSION_IS_RETURN, TaskEntry, header_of, owner};
 use leakmon_common::{
-    Cookie, Counters, MAX_TARGETS, Parked, SiteCount, Target, TargetSite, WaitCount, WaitKey,
-    parked_key, threads::KernelOffsets,
+    Cookie, Counters, MAX_TARGETS, NO_SLOT, Parked, SiteCount, Target, TargetSite, WaitCount,
+    WaitKey, parked_key,
 };
 
 use super::btf::Btf;
-use super::counts::{Counts, Drops, Hits, WaitCounts};
+use super::counts::{
+    Counts, CreationStack, Drops, Hits, KnownTask, TaskRun, ThreadRun, WaitCounts,
+};
 use super::error::{Error, errno};
+use super::events::ProcessEvents;
 use super::object::{OBJECT, Object};
-use super::plan::{Code, PROGRAMS, Place, Plan, Role, Tier};
+use super::plan::{Code, Kind, Place, Plan, Role, Tier};
 use super::registers::{self, ThreadRegisters};
-use super::sys::{self, ProgramType};
+use super::sys::{self, ProgramType, When};
 use crate::task::{Histogram, SiteFlow, SiteKey};
 
 /// The kernel's types.
 const BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// What they are, in messages.
+const EVENTS: &str = "events of processes";
+
+/// What a session is, in messages.
+const SESSIONS: &str = "programs that see a call and its return";
 
 /// `PROC_PID_INIT_INO` of include/linux/proc_ns.h.
 const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
@@ -44,6 +56,9 @@ pub struct Limits {
     /// Kinds of wait, by spawn site, reason and place. The kernel holds 408
     /// bytes for each CPU of one.
     pub waits: u32,
+    /// tokio's tasks. The kernel holds 16 bytes of one, and 192 more of one that
+    /// was seen.
+    pub tasks: u32,
     /// Plans attached at once, at most [`MAX_TARGETS`]. The kernel holds 56
     /// bytes and 112 for each CPU of one.
     pub targets: u32,
@@ -59,6 +74,7 @@ impl Limits {
             sites: 16 * 1024,
             goroutines: 1 << 20,
             waits: waits.clamp(512, 8192) as u32,
+            tasks: 1 << 18,
             targets: MAX_TARGETS,
         }
     }
@@ -74,37 +90,15 @@ pub enum Way {
     PerfEvent,
 }
 
-/// A program of uprobes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ProgramId {
-    Role(Role),
-    /// Does nothing.
-    Empty,
-}
-
-impl ProgramId {
-    const COUNT: usize = PROGRAMS.len() + 1;
-
-    fn index(self) -> usize {
-        match self {
-            ProgramId::Role(role) => role.index(),
-            ProgramId::Empty => PROGRAMS.len(),
-        }
-    }
-
-    /// The function's name in leakmon-ebpf.
-    fn name(self) -> &'static str {
-        match self {
-            ProgramId::Role(role) => role.program().function,
-            ProgramId::Empty => "empty",
-        }
-    }
-}
+/// The program that does nothing.
+const EMPTY: &str = "empty";
 
 /// What keeps places attached. Dropping it detaches.
 enum Links {
     Multi(OwnedFd),
     PerfEvent(Vec<UProbeLink>),
+    /// Of the whole machine, for all targets.
+    Tracepoint(Arc<OwnedFd>),
 }
 
 /// One index of `TARGETS`.
@@ -121,8 +115,8 @@ struct State {
     /// Holds what was not taken of it: aya's programs, and maps.
     ebpf: Box<Ebpf>,
     object: Object,
-    /// By [`ProgramId::index`], as far as they are loaded.
-    programs: [Option<OwnedFd>; ProgramId::COUNT],
+    /// By name, as far as they are loaded; `None`: this kernel cannot have it.
+    programs: HashMap<&'static str, Option<Arc<OwnedFd>>>,
     targets: Array<MapData, Target>,
     counters: PerCpuArray<MapData, Counters>,
     // The hash maps are read in batches, for which aya has no call.
@@ -137,9 +131,19 @@ struct State {
     epoch: u32,
     /// The kernel's types, read when they are first needed.
     types: Option<Btf>,
+    /// The kernel side knows where the kernel's structs have their fields.
+    described: bool,
     offsets: Array<MapData, KernelOffsets>,
     iterated: Array<MapData, u32>,
-    iterator: Option<OwnedFd>,
+    tasks: MapData,
+    threads: MapData,
+    stacks: MapData,
+    watched: Array<MapData, u64>,
+    processes: aya::maps::HashMap<MapData, u32, u64>,
+    /// What the kernel's processes tell, until somebody wants it.
+    events: Option<(RingBuf<MapData>, Array<MapData, u64>)>,
+    /// Tracepoints that are attached, by function.
+    tracepoints: HashMap<&'static str, Weak<OwnedFd>>,
 }
 
 /// The loaded kernel side: one for a leakmon process, for any number of
@@ -189,6 +193,7 @@ impl Kernel {
     pub fn load_with(way: Way, limits: Limits) -> Result<Kernel, Error> {
         let cpus = cpus()?;
         let mut ebpf = EbpfLoader::new()
+            .map_max_entries("TASKS", limits.tasks)
             .map_max_entries("TARGETS", limits.targets)
             .map_max_entries("COUNTERS", limits.targets)
             .map_max_entries("SITES", limits.sites)
@@ -207,6 +212,12 @@ impl Kernel {
             free_slots.push(slot, 0).map_err(map_error("fill a map"))?;
         }
         let offsets = take(&mut ebpf, "KERNEL_OFFSETS")?;
+        let tasks = take_data(&mut ebpf, "TASKS")?;
+        let threads = take_data(&mut ebpf, "THREADS")?;
+        let stacks = take_data(&mut ebpf, "STACKS")?;
+        let watched = take(&mut ebpf, "WATCHED")?;
+        let processes = take(&mut ebpf, "PROCESSES")?;
+        let events = (take(&mut ebpf, "EVENTS")?, take(&mut ebpf, "EVENTS_LOST")?);
         let iterated = take(&mut ebpf, "ITERATED")?;
         let mut state = State {
             targets: take(&mut ebpf, "TARGETS")?,
@@ -221,17 +232,27 @@ impl Kernel {
             way,
             ebpf: Box::new(ebpf),
             object,
-            programs: [const { None }; ProgramId::COUNT],
+            programs: HashMap::new(),
             cpus,
             indices: vec![Index::Free; limits.targets as usize],
             epoch: 0,
             types: None,
+            described: false,
+            tasks,
+            threads,
+            stacks,
+            watched,
+            processes,
+            events: Some(events),
+            tracepoints: HashMap::new(),
             offsets,
             iterated,
-            iterator: None,
         };
         // One that this kernel must take, if it takes any.
-        state.prepare(ProgramId::Empty)?;
+        match way {
+            Way::Multi => drop(state.program(EMPTY, ProgramType::UprobeMulti)?),
+            Way::PerfEvent => drop(state.uprobe(EMPTY)?),
+        }
         Ok(Kernel {
             shared: Arc::new(Mutex::new(state)),
             way,
@@ -267,7 +288,7 @@ impl Kernel {
             blocking_since: 0,
             layout: plan.layout,
             epoch: state.epoch,
-            reserved: 0,
+            learning: 0,
         };
         state
             .targets
@@ -305,12 +326,41 @@ impl Kernel {
             argument: 0,
             epoch: 0,
         };
-        let links = lock(&self.shared).link(ProgramId::Empty, pid, cookie, &places)?;
+        let links = lock(&self.shared).link(Kind::Entry(EMPTY), pid, cookie, &places)?;
         Ok(Empty(links))
     }
 }
 
 impl Kernel {
+    /// What becomes of the machine's processes from now on; at most one reader.
+    /// Needs the initial pid namespace.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] says what is missing; nothing else is lost then.
+    pub fn events(&self) -> Result<ProcessEvents, Error> {
+        let mut state = lock(&self.shared);
+        state.describe_kernel(EVENTS)?;
+        let mut links = Vec::new();
+        for (name, function) in [
+            ("task_newtask", "process_fork"),
+            ("sched_process_exec", "process_exec"),
+            ("sched_process_exit", "process_exit"),
+        ] {
+            links.push(state.tracepoint(name, function)?);
+        }
+        let (ring, lost) = state.events.take().ok_or_else(|| Error::Unsupported {
+            what: EVENTS,
+            why: "somebody reads them already".to_owned(),
+        })?;
+        Ok(ProcessEvents {
+            ring,
+            lost,
+            told: 0,
+            _links: links,
+        })
+    }
+
     /// The registers of every thread of process `pid`, empty when it is gone. A
     /// thread that came or went meanwhile may be missing. Needs the initial pid
     /// namespace and kernel 5.15; before 6.1 the kernel looks at every thread of
@@ -322,18 +372,12 @@ impl Kernel {
     pub fn registers(&self, pid: u32) -> Result<Vec<ThreadRegisters>, Error> {
         let mut state = lock(&self.shared);
         state.describe_kernel("the threads' registers")?;
-        if state.iterator.is_none() {
-            let id = state.function("the threads' registers", "bpf_iter_task")?;
-            let iterator = ProgramType::TaskIterator(id);
-            state.iterator = Some(state.object.load("thread_registers", iterator)?);
-        }
+        let id = state.function("the threads' registers", "bpf_iter_task")?;
+        let iterator = state.program("thread_registers", ProgramType::TaskIterator(id))?;
         state
             .iterated
             .set(0, pid, 0)
             .map_err(map_error("name a process"))?;
-        let Some(iterator) = &state.iterator else {
-            return Ok(Vec::new());
-        };
         match sys::iterate_tasks(iterator.as_fd(), pid) {
             Ok(file) => registers::read(file),
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(Vec::new()),
@@ -365,7 +409,7 @@ fn cpus() -> Result<usize, Error> {
     })
 }
 
-fn map_error(what: &'static str) -> impl Fn(MapError) -> Error {
+pub(super) fn map_error(what: &'static str) -> impl Fn(MapError) -> Error {
     move |error| {
         let source = errno(&error).unwrap_or_else(|| std::io::Error::other(error));
         Error::Map { what, source }
@@ -409,6 +453,7 @@ fn path(code: &Code, pid: NonZeroU32) -> String {
     match code {
         Code::Executable => format!("/proc/{pid}/exe"),
         Code::File(file) => format!("/proc/self/fd/{}", file.as_raw_fd()),
+        Code::Nowhere => String::new(),
     }
 }
 
@@ -432,7 +477,7 @@ fn not_attached(
         role: place.role,
         offset: place.offset,
         file: match &place.code {
-            Code::Executable => "executable".to_owned(),
+            Code::Executable | Code::Nowhere => "executable".to_owned(),
             Code::File(_) => std::fs::read_link(path(&place.code, pid))
                 .map_or_else(|_| "file".to_owned(), |path| path.display().to_string()),
         },
@@ -444,7 +489,7 @@ impl State {
     /// Tells the kernel side where the kernel's own structs have their fields;
     /// once.
     fn describe_kernel(&mut self, what: &'static str) -> Result<(), Error> {
-        if self.types.is_some() {
+        if self.described {
             return Ok(());
         }
         let unsupported = |why: String| Error::Unsupported { what, why };
@@ -456,11 +501,11 @@ impl State {
                     .to_owned(),
             ));
         }
-        let data = std::fs::read(BTF)
-            .map_err(|error| unsupported(format!("{BTF}: {error} (CONFIG_DEBUG_INFO_BTF)")))?;
-        let btf = Btf::parse(data).ok_or_else(|| unsupported(format!("{BTF} is malformed")))?;
+        self.read_types(what)?;
         let offset = |of: &str, member: &str| {
-            btf.offset(of, member)
+            let types = self.types.as_ref();
+            types
+                .and_then(|types| types.offset(of, member))
                 .ok_or_else(|| unsupported(format!("this kernel has no {of}.{member}")))
         };
         let offsets = KernelOffsets {
@@ -477,7 +522,19 @@ impl State {
         self.offsets
             .set(0, offsets, 0)
             .map_err(map_error("describe the kernel"))?;
-        self.types = Some(btf);
+        self.described = true;
+        Ok(())
+    }
+
+    /// Reads the kernel's types, once.
+    fn read_types(&mut self, what: &'static str) -> Result<(), Error> {
+        if self.types.is_none() {
+            let unsupported = |why: String| Error::Unsupported { what, why };
+            let data = std::fs::read(BTF)
+                .map_err(|error| unsupported(format!("{BTF}: {error} (CONFIG_DEBUG_INFO_BTF)")))?;
+            let types = Btf::parse(data);
+            self.types = Some(types.ok_or_else(|| unsupported(format!("{BTF} is malformed")))?);
+        }
         Ok(())
     }
 
@@ -490,85 +547,209 @@ impl State {
         })
     }
 
-    /// aya's side of a program.
+    /// aya's side of a program, loaded.
     fn uprobe(&mut self, name: &'static str) -> Result<&mut UProbe, Error> {
-        self.ebpf
+        let program: &mut UProbe = self
+            .ebpf
             .program_mut(name)
             .and_then(|program| program.try_into().ok())
-            .ok_or_else(|| Error::Object(format!("it has no program {name}")))
-    }
-
-    /// Loads a program unless it is.
-    fn prepare(&mut self, id: ProgramId) -> Result<(), Error> {
-        match self.way {
-            Way::Multi => {
-                let program = &mut self.programs[id.index()];
-                if program.is_none() {
-                    *program = Some(self.object.load(id.name(), ProgramType::UprobeMulti)?);
-                }
-                Ok(())
-            }
-            Way::PerfEvent => {
-                let program = self.uprobe(id.name())?;
-                if program.fd().is_ok() {
-                    return Ok(());
-                }
-                program
-                    .load()
-                    .map_err(|error| program_error(id.name(), error))
-            }
+            .ok_or_else(|| Error::Object(format!("it has no program {name}")))?;
+        if program.fd().is_err() {
+            program.load().map_err(|error| program_error(name, error))?;
         }
+        Ok(program)
     }
 
-    /// Attaches one program at `places` of `pid`, all or none.
+    /// A program that aya does not load, loaded.
+    fn program(
+        &mut self,
+        name: &'static str,
+        program_type: ProgramType,
+    ) -> Result<Arc<OwnedFd>, Error> {
+        if let Some(Some(program)) = self.programs.get(name) {
+            return Ok(Arc::clone(program));
+        }
+        let program = Arc::new(self.object.load(name, program_type, &[])?);
+        self.programs.insert(name, Some(Arc::clone(&program)));
+        Ok(program)
+    }
+
+    /// A program that sees a call and its return; `None` when this kernel has no
+    /// such programs (before 6.13).
+    fn session(&mut self, name: &'static str) -> Option<Arc<OwnedFd>> {
+        if let Some(program) = self.programs.get(name) {
+            return program.clone();
+        }
+        let load = |state: &mut State| {
+            state.read_types(SESSIONS)?;
+            let functions = [
+                (SESSION_IS_RETURN, "bpf_session_is_return"),
+                (SESSION_COOKIE, "bpf_session_cookie"),
+            ]
+            .map(|(number, name)| Ok((number, state.function(SESSIONS, name)?)));
+            let [is_return, cookie] = functions;
+            let functions = [is_return?, cookie?];
+            state
+                .object
+                .load(name, ProgramType::UprobeSession, &functions)
+        };
+        let program = match load(self) {
+            Ok(program) => Some(Arc::new(program)),
+            Err(error) => {
+                log::info!("{error}");
+                None
+            }
+        };
+        self.programs.insert(name, program.clone());
+        program
+    }
+
+    /// A program attached to a tracepoint of the whole machine.
+    fn tracepoint(
+        &mut self,
+        name: &'static str,
+        function: &'static str,
+    ) -> Result<Arc<OwnedFd>, Error> {
+        self.describe_kernel("tracepoints of threads")?;
+        if let Some(link) = self.tracepoints.get(function).and_then(Weak::upgrade) {
+            return Ok(link);
+        }
+        let program = self.program(function, ProgramType::RawTracepoint)?;
+        let link = sys::link_tracepoint(program.as_fd(), name).map_err(|source| {
+            Error::or_permission("bpf", source, |source| Error::Unsupported {
+                what: "a tracepoint of threads",
+                why: format!("{name}: {source}"),
+            })
+        })?;
+        let link = Arc::new(link);
+        self.tracepoints.insert(function, Arc::downgrade(&link));
+        Ok(link)
+    }
+
+    /// Has the tracepoints count for process `pid`.
+    fn watch(&mut self, pid: u32, cookie: Cookie) -> Result<(), Error> {
+        // BPF_NOEXIST: one target counts a process's threads.
+        self.processes
+            .insert(pid, cookie.pack(), 1)
+            .map_err(map_error("watch the threads of a process twice"))?;
+        self.watch_bit(pid)
+    }
+
+    /// The reverse of [`State::watch`].
+    fn unwatch(&mut self, pid: u32) -> Result<(), Error> {
+        self.processes
+            .remove(&pid)
+            .map_err(map_error("leave the threads of a process"))?;
+        self.watch_bit(pid)
+    }
+
+    /// Sets the bit for `pid` as long as there is a process with it.
+    fn watch_bit(&mut self, pid: u32) -> Result<(), Error> {
+        let low = pid & 0xffff;
+        let wanted = self
+            .processes
+            .keys()
+            .flatten()
+            .any(|pid| pid & 0xffff == low);
+        let error = map_error("watch the threads of a process");
+        let mut word = self.watched.get(&(low / 64), 0).map_err(&error)?;
+        let bit = 1 << (low % 64);
+        word = if wanted { word | bit } else { word & !bit };
+        self.watched.set(low / 64, word, 0).map_err(&error)
+    }
+
+    /// Every entry of `THREADS` of a target.
+    fn threads(&self, target: u16) -> std::io::Result<impl Iterator<Item = (u32, ThreadEntry)>> {
+        let entries = sys::entries::<u32, ThreadEntry>(self.threads.fd().as_fd(), 1)?;
+        Ok(entries
+            .into_iter()
+            .filter_map(|(key, entries)| Some((key, *entries.first()?)))
+            .filter(move |(_, thread)| thread.target == u64::from(target)))
+    }
+
+    /// Every entry of `STACKS` of a target.
+    fn stacks(&self, target: u16) -> std::io::Result<Vec<(TargetSite, StackCopy)>> {
+        let entries = sys::entries::<TargetSite, StackCopy>(self.stacks.fd().as_fd(), 1)?;
+        Ok(entries
+            .into_iter()
+            .filter(|(key, _)| key.target == u64::from(target))
+            .filter_map(|(key, entries)| Some((key, *entries.first()?)))
+            .collect())
+    }
+
+    /// Attaches a role's program at `places` of `pid`, all or none.
     fn link(
         &mut self,
-        id: ProgramId,
+        kind: Kind,
         pid: NonZeroU32,
         cookie: Cookie,
         places: &[&Place],
     ) -> Result<Vec<Links>, Error> {
-        self.prepare(id)?;
-        let mut links = Vec::new();
-        let mut rest = places.to_vec();
-        // File by file.
-        while let Some(first) = rest.first() {
-            let code = first.code.clone();
-            let (same, others): (Vec<&Place>, Vec<&Place>) =
-                rest.into_iter().partition(|place| place.code == code);
-            let linked = match self.way {
-                Way::Multi => self.link_multi(id, pid, cookie, &code, &same),
-                Way::PerfEvent => self.link_perf_events(id, pid, cookie, &code, &same),
-            };
-            match linked {
-                Ok(linked) => links.push(linked),
-                Err(error) => {
-                    detach(links);
-                    return Err(error);
-                }
+        let programs = match (kind, self.way) {
+            (Kind::Nothing, _) => Vec::new(),
+            (Kind::Tracepoint { name, function }, _) => {
+                let link = self.tracepoint(name, function)?;
+                return Ok(vec![Links::Tracepoint(link)]);
             }
-            rest = others;
+            (Kind::Entry(name), _) => vec![(name, When::Entry)],
+            (Kind::Call { session, .. }, Way::Multi) if self.session(session).is_some() => {
+                vec![(session, When::Session)]
+            }
+            // The return first: an entry that was counted has its return, too.
+            (
+                Kind::Call {
+                    entry, returned, ..
+                },
+                _,
+            ) => {
+                vec![(returned, When::Return), (entry, When::Entry)]
+            }
+        };
+        let mut links = Vec::new();
+        for (name, when) in programs {
+            // File by file.
+            let mut rest = places.to_vec();
+            while let Some(first) = rest.first() {
+                let code = first.code.clone();
+                let (same, others): (Vec<&Place>, Vec<&Place>) =
+                    rest.into_iter().partition(|place| place.code == code);
+                let linked = match (&code, self.way) {
+                    (Code::Nowhere, _) => Err(Error::Plan("a place of code is nowhere")),
+                    (_, Way::Multi) => self.link_multi(name, when, pid, cookie, &code, &same),
+                    (_, Way::PerfEvent) => self.link_perf_events(name, pid, cookie, &code, &same),
+                };
+                match linked {
+                    Ok(linked) => links.push(linked),
+                    Err(error) => {
+                        detach(links);
+                        return Err(error);
+                    }
+                }
+                rest = others;
+            }
         }
         Ok(links)
     }
 
     fn link_multi(
-        &self,
-        id: ProgramId,
+        &mut self,
+        name: &'static str,
+        when: When,
         pid: NonZeroU32,
         cookie: Cookie,
         code: &Code,
         places: &[&Place],
     ) -> Result<Links, Error> {
-        let program = self.programs[id.index()]
-            .as_ref()
-            .ok_or(Error::Plan("its program is not loaded"))?
-            .as_fd();
+        let program = match when {
+            When::Session => self.session(name),
+            When::Entry | When::Return => Some(self.program(name, ProgramType::UprobeMulti)?),
+        };
+        let program = program.ok_or(Error::Plan("its program is not loaded"))?;
         let path = path(code, pid);
         let offsets: Vec<u64> = places.iter().map(|place| place.offset.0).collect();
         let cookies: Vec<u64> = places.iter().map(|place| at(cookie, place)).collect();
         let link = |offsets: &[u64], cookies: &[u64]| {
-            sys::link_uprobes(program, &path, offsets, cookies, pid.get())
+            sys::link_uprobes(program.as_fd(), when, &path, offsets, cookies, pid.get())
         };
         link(&offsets, &cookies)
             .map(Links::Multi)
@@ -591,14 +772,14 @@ impl State {
 
     fn link_perf_events(
         &mut self,
-        id: ProgramId,
+        name: &'static str,
         pid: NonZeroU32,
         cookie: Cookie,
         code: &Code,
         places: &[&Place],
     ) -> Result<Links, Error> {
         let path = path(code, pid);
-        let program = self.uprobe(id.name())?;
+        let program = self.uprobe(name)?;
         let mut links = Vec::with_capacity(places.len());
         for place in places {
             let point = UProbeAttachPoint {
@@ -698,6 +879,15 @@ impl State {
         Ok((hits, drops))
     }
 
+    /// Every entry of `TASKS` of a target.
+    fn tasks(&self, target: u16) -> std::io::Result<impl Iterator<Item = (u64, TaskEntry)>> {
+        let entries = sys::entries::<u64, TaskEntry>(self.tasks.fd().as_fd(), 1)?;
+        Ok(entries
+            .into_iter()
+            .filter(move |(key, _)| key >> 48 == u64::from(target))
+            .filter_map(|(key, entries)| Some((key, *entries.first()?))))
+    }
+
     /// Removes every entry of a target and frees its slots. Its links are gone.
     fn clear(&mut self, target: u16) -> Result<(), Error> {
         let error = |source| Error::Map {
@@ -738,6 +928,25 @@ impl State {
             self.wait_counts.set(slot, zero, 0).map_err(&set)?;
             self.free_slots.push(slot, 0).map_err(&set)?;
         }
+        let tasks: Vec<u64> = self
+            .tasks(target)
+            .map_err(error)?
+            .map(|(key, _)| key)
+            .collect();
+        sys::remove(self.tasks.fd().as_fd(), &tasks).map_err(error)?;
+        let threads: Vec<u32> = self
+            .threads(target)
+            .map_err(error)?
+            .map(|(tid, _)| tid)
+            .collect();
+        sys::remove(self.threads.fd().as_fd(), &threads).map_err(error)?;
+        let stacks: Vec<TargetSite> = self
+            .stacks(target)
+            .map_err(error)?
+            .into_iter()
+            .map(|(key, _)| key)
+            .collect();
+        sys::remove(self.stacks.fd().as_fd(), &stacks).map_err(error)?;
         let zero = vec![Counters::default(); self.cpus];
         let zero = PerCpuValues::try_from(zero).map_err(error)?;
         self.counters.set(index, zero, 0).map_err(&set)
@@ -763,6 +972,8 @@ fn detach(links: Vec<Links>) {
                     scope.spawn(move || drop(link));
                 }
                 Links::PerfEvent(links) => perf_events.extend(links),
+                // The kernel does not wait for these.
+                Links::Tracepoint(link) => drop(link),
             }
         }
         for link in perf_events {
@@ -814,6 +1025,9 @@ impl Attached {
             argument: 0,
             epoch: self.target.epoch,
         };
+        if self.tier == Tier::Census && self.has_tracepoints() {
+            state.watch(self.pid.get(), cookie)?;
+        }
         let mut added = Vec::new();
         for &role in &self.roles {
             if role.tier() <= self.tier || role.tier() > tier {
@@ -825,9 +1039,12 @@ impl Attached {
                 .iter()
                 .filter(|place| place.role == role)
                 .collect();
-            match state.link(ProgramId::Role(role), self.pid, cookie, &places) {
+            match state.link(role.program().kind, self.pid, cookie, &places) {
                 Ok(links) => added.push((role, links)),
                 Err(error) => {
+                    if self.tier == Tier::Census && self.has_tracepoints() {
+                        state.unwatch(self.pid.get())?;
+                    }
                     drop(state);
                     detach(added.into_iter().flat_map(|(_, links)| links).collect());
                     return Err(error);
@@ -839,6 +1056,7 @@ impl Attached {
         let now = monotonic();
         if self.tier < Tier::Lifecycle {
             self.target.lifecycle_since = now;
+            self.target.learning = u32::from(self.roles.contains(&Role::Poll));
         }
         if tier == Tier::Blocking {
             self.target.blocking_since = now;
@@ -847,13 +1065,25 @@ impl Attached {
         state.set_target(self.index, self.target)
     }
 
+    /// Whether the plan has programs of tracepoints.
+    fn has_tracepoints(&self) -> bool {
+        self.roles
+            .iter()
+            .any(|role| matches!(role.program().kind, Kind::Tracepoint { .. }))
+    }
+
     fn step_down(&mut self, tier: Tier) -> Result<(), Error> {
         // All roles of a tier stop counting at once.
         self.target.blocking_since = 0;
         if tier == Tier::Census {
             self.target.lifecycle_since = 0;
         }
-        let closed = lock(&self.shared).set_target(self.index, self.target);
+        let mut state = lock(&self.shared);
+        let mut closed = state.set_target(self.index, self.target);
+        if tier == Tier::Census && self.has_tracepoints() {
+            closed = closed.and(state.unwatch(self.pid.get()));
+        }
+        drop(state);
         let (gone, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut self.links)
             .into_iter()
             .partition(|(role, _)| role.tier() > tier);
@@ -915,13 +1145,166 @@ impl Attached {
             });
         }
         waits.sort_unstable_by_key(|wait| (wait.site, wait.reason, wait.pcs));
+        let mut tasks = Vec::new();
+        if self.roles.contains(&Role::Poll) {
+            tasks = state
+                .tasks(self.index)
+                .map_err(|source| Error::Map {
+                    what: "read the tasks",
+                    source,
+                })?
+                .filter(|(_, task)| task.owner != 0)
+                .map(|(_, task)| task_run(&task, self.target.lifecycle_since))
+                .collect();
+            tasks.sort_unstable_by_key(|task| task.header);
+        }
+        let mut threads = Vec::new();
+        if self.has_tracepoints() {
+            threads = state
+                .threads(self.index)
+                .map_err(|source| Error::Map {
+                    what: "read the threads",
+                    source,
+                })?
+                .map(|(tid, thread)| thread_run(tid, &thread, self.target.blocking_since))
+                .collect();
+            threads.sort_unstable_by_key(|thread| thread.tid);
+        }
         let (hits, drops) = state.counters(self.index, &self.roles)?;
         Ok(Counts {
             sites,
             waits,
+            tasks,
+            threads,
             hits,
             drops,
         })
+    }
+}
+
+/// What user space says of a task. Nothing is known of a poll during which the
+/// probes were away.
+fn task_run(task: &TaskEntry, lifecycle_since: u64) -> TaskRun {
+    let some = |time: u64| (time != 0).then_some(time);
+    let attached = lifecycle_since != 0 && task.polling_since >= lifecycle_since;
+    TaskRun {
+        id: task.id,
+        header: header_of(task.owner),
+        vtable: task.vtable,
+        site: SiteKey {
+            created_at: 0,
+            entry: task.poll,
+        },
+        known: task.known != 0,
+        first_seen: some(task.first_seen),
+        polls: task.polls,
+        busy_ns: task.busy_ns,
+        longest_ns: task.longest_ns,
+        last_poll_end: some(task.last_end),
+        polling_since: attached.then_some(task.polling_since),
+    }
+}
+
+/// What user space says of a thread. Nothing is known of a block during which the
+/// probes were away.
+fn thread_run(tid: u32, thread: &ThreadEntry, blocking_since: u64) -> ThreadRun {
+    let attached = blocking_since != 0 && thread.since >= blocking_since;
+    ThreadRun {
+        tid,
+        site: thread.site,
+        born: (thread.born != 0).then_some(thread.born),
+        blocked_since: attached.then_some(thread.since),
+        reason: thread.reason,
+        argument: thread.argument,
+        voluntary: thread.voluntary,
+        involuntary: thread.involuntary,
+    }
+}
+
+impl Attached {
+    /// The stacks of those who made the first thread of each site, so far.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn creation_stacks(&self) -> Result<Vec<CreationStack>, Error> {
+        let stacks = lock(&self.shared).stacks(self.index);
+        let stacks = stacks.map_err(|source| Error::Map {
+            what: "read the stacks",
+            source,
+        })?;
+        Ok(stacks
+            .into_iter()
+            .map(|(key, copy)| CreationStack {
+                site: key.site,
+                ip: copy.ip,
+                sp: copy.sp,
+                frame: copy.frame,
+                link: copy.link,
+                bytes: copy.bytes[..(copy.length as usize).min(copy.bytes.len())].to_vec(),
+            })
+            .collect())
+    }
+
+    /// Whether [`Attached::learned`] is waited for.
+    pub fn is_learning(&self) -> bool {
+        self.target.learning != 0
+    }
+
+    /// Says which tokio tasks there are, by a census that began after the probes
+    /// were attached. Until then a task that is seen for the first time is taken
+    /// for one that was there before; from then on it is counted as spawned.
+    /// Probes that were away and came back ([`Attached::set_tier`]) learn anew.
+    /// Does nothing when they have learned.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn learned(&mut self, known: &[KnownTask]) -> Result<(), Error> {
+        if !self.is_learning() {
+            return Ok(());
+        }
+        let failed = |source| Error::Map {
+            what: "remember the tasks",
+            source,
+        };
+        let mut state = lock(&self.shared);
+        let key = |header| parked_key(self.index, header);
+        let known: HashMap<u64, &KnownTask> =
+            known.iter().map(|task| (key(task.header), task)).collect();
+        // Tasks of an earlier time of the probes that are there no more.
+        let since = self.target.lifecycle_since;
+        let gone: Vec<u64> = state
+            .tasks(self.index)
+            .map_err(failed)?
+            .filter(|(key, task)| {
+                task.last_end.max(task.polling_since).max(task.first_seen) < since
+                    && known
+                        .get(key)
+                        .is_none_or(|known| known.id != 0 && known.id != task.id)
+            })
+            .map(|(key, _)| key)
+            .collect();
+        sys::remove(state.tasks.fd().as_fd(), &gone).map_err(failed)?;
+        let mut first = monotonic();
+        for (key, task) in known {
+            // Without an id of tokio's, any that no other task has here.
+            first -= 1;
+            let id = if task.id == 0 { first } else { task.id };
+            let entry = TaskEntry {
+                owner: owner(task.header, id),
+                id,
+                vtable: task.vtable,
+                poll: task.poll,
+                slot: NO_SLOT,
+                known: 1,
+                ..TaskEntry::default()
+            };
+            // One that was polled meanwhile is known better.
+            sys::insert(state.tasks.fd().as_fd(), &key, &entry).map_err(failed)?;
+        }
+        self.target.learning = 0;
+        state.set_target(self.index, self.target)
     }
 }
 
@@ -930,6 +1313,12 @@ impl Drop for Attached {
         let links = std::mem::take(&mut self.links);
         detach(links.into_iter().flat_map(|(_, links)| links).collect());
         let mut state = lock(&self.shared);
+        if self.tier > Tier::Census
+            && self.has_tracepoints()
+            && let Err(error) = state.unwatch(self.pid.get())
+        {
+            log::warn!("process {}: {error}", self.pid);
+        }
         let cleared = state.clear(self.index);
         state.indices[usize::from(self.index)] = match cleared {
             Ok(()) => Index::Free,

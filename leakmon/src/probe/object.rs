@@ -16,6 +16,13 @@ use super::sys::{self, ProgramType};
 /// The object that the build script compiled.
 pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/leakmon"));
 
+/// `BPF_JMP | BPF_CALL` of include/uapi/linux/bpf.h.
+const CALL: u8 = 0x85;
+
+/// `src_reg` of a call of one of the kernel's functions, by its BTF id
+/// (include/uapi/linux/bpf.h).
+const BPF_PSEUDO_KFUNC_CALL: u8 = 2;
+
 /// A program's instructions, ready to be loaded.
 struct Function {
     instructions: Vec<bpf_insn>,
@@ -68,7 +75,8 @@ impl Object {
         Ok(Object(functions))
     }
 
-    /// Loads the program `name`.
+    /// Loads the program `name`. Its calls of helpers with numbers of `functions`
+    /// become calls of the kernel's functions with the BTF ids beside them.
     ///
     /// # Errors
     ///
@@ -77,24 +85,33 @@ impl Object {
         &self,
         name: &'static str,
         program_type: ProgramType,
+        functions: &[(u32, u32)],
     ) -> Result<OwnedFd, Error> {
         let function = self
             .0
             .get(name)
             .ok_or_else(|| Error::Object(format!("it has no program {name}")))?;
-        sys::load_program(
-            name,
-            program_type,
-            &function.instructions,
-            &function.license,
+        let mut instructions = function.instructions.clone();
+        for instruction in &mut instructions {
+            let called = functions.iter().find(|&&(number, _)| {
+                instruction.code == CALL
+                    && instruction.src_reg() == 0
+                    && instruction.imm == number.cast_signed()
+            });
+            if let Some(&(_, id)) = called {
+                instruction.set_src_reg(BPF_PSEUDO_KFUNC_CALL);
+                instruction.imm = id.cast_signed();
+            }
+        }
+        sys::load_program(name, program_type, &instructions, &function.license).map_err(
+            |(source, log)| {
+                Error::or_permission("bpf", source, |source| Error::Program {
+                    program: name,
+                    source,
+                    log,
+                })
+            },
         )
-        .map_err(|(source, log)| {
-            Error::or_permission("bpf", source, |source| Error::Program {
-                program: name,
-                source,
-                log,
-            })
-        })
     }
 }
 

@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 pub use leakmon_common::Layout;
 use leakmon_common::go::slot as go;
+use leakmon_common::threads::slot as threads;
+use leakmon_common::tokio::slot as tokio;
 
 use crate::binary::addr::FileOffset;
 pub use crate::task::Tier;
@@ -37,14 +39,56 @@ pub enum Role {
     /// (`runtime.ready`, after its stack check). Ends the wait in place of
     /// [`Role::Resume`].
     Ready,
+    /// tokio: a call of a vtable's `poll`, and its return: RDI / X0 is the task's
+    /// header. The place may lie some bytes into the function. Its argument is
+    /// the task id's offset in the header divided by 8, 0 where there is none.
+    Poll,
+    /// tokio: the time from the end of a task's poll to the start of its next.
+    /// It has no place of its own: [`Role::Poll`] measures it.
+    Idle,
+    /// Threads: a call of `pthread_create`, at its first instruction: RDX / X2 is
+    /// the start routine, RCX / X3 its argument, the return address lies at RSP /
+    /// in X30. It names the sites of [`Role::ThreadStart`].
+    ThreadCreate,
+    /// Threads: one is made, by the kernel's tracepoint: it has no place.
+    ThreadStart,
+    /// Threads: one ends, by the kernel's tracepoint: it has no place.
+    ThreadExit,
+    /// Threads: one is taken from its CPU or put on one, by the kernel's
+    /// tracepoint: it has no place.
+    ThreadSwitch,
+}
+
+/// How a role's program sees what happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// At an instruction: the function's name in leakmon-ebpf.
+    Entry(&'static str),
+    /// At an instruction of a function, and when the function returns.
+    Call {
+        /// The one function for both, where the kernel has sessions.
+        session: &'static str,
+        /// At the instruction.
+        entry: &'static str,
+        /// At the return.
+        returned: &'static str,
+    },
+    /// At one of the kernel's tracepoints, on the whole machine.
+    Tracepoint {
+        /// The kernel's name of it.
+        name: &'static str,
+        /// The function's name in leakmon-ebpf.
+        function: &'static str,
+    },
+    /// Not at all: another role's program does it.
+    Nothing,
 }
 
 /// What the kernel side has for a role.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Program {
     pub(super) role: Role,
-    /// The function's name in leakmon-ebpf.
-    pub(super) function: &'static str,
+    pub(super) kind: Kind,
     /// Where its hits are counted; each runtime numbers its own.
     pub(super) slot: usize,
     /// The lowest tier in which it is attached.
@@ -56,19 +100,42 @@ pub(super) struct Program {
 /// Every program, in the order of [`Role`]'s variants. Adding a runtime adds
 /// its lines here.
 #[rustfmt::skip]
-pub(super) const PROGRAMS: [Program; 7] = {
+pub(super) const PROGRAMS: [Program; 13] = {
+    use Kind::{Call, Entry, Nothing, Tracepoint};
     use Tier::{Blocking, Lifecycle};
-    const fn program(role: Role, function: &'static str, slot: usize, tier: Tier, name: &'static str) -> Program {
-        Program { role, function, slot, tier, name }
+    const fn program(role: Role, kind: Kind, slot: usize, tier: Tier, name: &'static str) -> Program {
+        Program { role, kind, slot, tier, name }
     }
     [
-        program(Role::Spawn, "go_spawn", go::SPAWN, Lifecycle, "spawn"),
-        program(Role::SpawnReturned, "go_spawn_returned", go::SPAWN_RETURNED, Lifecycle, "spawn (returned)"),
-        program(Role::Exit, "go_exit", go::EXIT, Lifecycle, "exit"),
-        program(Role::Park, "go_park", go::PARK, Blocking, "park"),
-        program(Role::Resume, "go_resume", go::RESUME, Blocking, "resume"),
-        program(Role::ParkUniversal, "go_park_universal", go::PARK_UNIVERSAL, Blocking, "park (universal)"),
-        program(Role::Ready, "go_ready", go::READY, Blocking, "ready"),
+        program(Role::Spawn, Entry("go_spawn"), go::SPAWN, Lifecycle, "spawn"),
+        program(Role::SpawnReturned, Entry("go_spawn_returned"), go::SPAWN_RETURNED, Lifecycle, "spawn (returned)"),
+        program(Role::Exit, Entry("go_exit"), go::EXIT, Lifecycle, "exit"),
+        program(Role::Park, Entry("go_park"), go::PARK, Blocking, "park"),
+        program(Role::Resume, Entry("go_resume"), go::RESUME, Blocking, "resume"),
+        program(Role::ParkUniversal, Entry("go_park_universal"), go::PARK_UNIVERSAL, Blocking, "park (universal)"),
+        program(Role::Ready, Entry("go_ready"), go::READY, Blocking, "ready"),
+        program(
+            Role::Poll,
+            Call { session: "tokio_poll_session", entry: "tokio_poll", returned: "tokio_poll_returned" },
+            tokio::POLL, Lifecycle, "poll",
+        ),
+        program(Role::Idle, Nothing, tokio::IDLE, Blocking, "idle"),
+        program(Role::ThreadCreate, Entry("thread_create"), threads::CREATE, Lifecycle, "pthread_create"),
+        program(
+            Role::ThreadStart,
+            Tracepoint { name: "task_newtask", function: "thread_start" },
+            threads::START, Lifecycle, "thread start",
+        ),
+        program(
+            Role::ThreadExit,
+            Tracepoint { name: "sched_process_exit", function: "thread_exit" },
+            threads::EXIT, Lifecycle, "thread exit",
+        ),
+        program(
+            Role::ThreadSwitch,
+            Tracepoint { name: "sched_switch", function: "thread_switch" },
+            threads::SWITCH, Blocking, "thread switch",
+        ),
     ]
 };
 
@@ -107,13 +174,15 @@ pub enum Code {
     /// Another file that the process has mapped, opened by whoever proved the
     /// place.
     File(Arc<File>),
+    /// None: the role's program is not one of an instruction.
+    Nowhere,
 }
 
 impl PartialEq for Code {
     /// Two files are equal when they were opened at once.
     fn eq(&self, other: &Code) -> bool {
         match (self, other) {
-            (Code::Executable, Code::Executable) => true,
+            (Code::Executable, Code::Executable) | (Code::Nowhere, Code::Nowhere) => true,
             (Code::File(file), Code::File(other)) => Arc::ptr_eq(file, other),
             _ => false,
         }
@@ -131,6 +200,18 @@ pub struct Place {
     pub role: Role,
     /// What the role's program must know of this place alone; see [`Role`].
     pub argument: u16,
+}
+
+impl Place {
+    /// The place of a role that has none: it only says that the role is wanted.
+    pub fn nowhere(role: Role) -> Place {
+        Place {
+            code: Code::Nowhere,
+            offset: FileOffset(0),
+            role,
+            argument: 0,
+        }
+    }
 }
 
 /// Everything that can be attached to one process for one runtime.

@@ -10,21 +10,31 @@ use aya::Pod;
 use aya_obj::generated::bpf_insn;
 
 // Numbers of include/uapi/linux/bpf.h.
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_NOEXIST: u64 = 1;
 const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_ITER_CREATE: libc::c_long = 33;
 const BPF_PROG_TYPE_KPROBE: u32 = 2;
+const BPF_RAW_TRACEPOINT_OPEN: libc::c_long = 17;
+const BPF_PROG_TYPE_RAW_TRACEPOINT: u32 = 17;
 const BPF_PROG_TYPE_TRACING: u32 = 26;
 const BPF_TRACE_ITER: u32 = 28;
 const BPF_TRACE_UPROBE_MULTI: u32 = 48;
+const BPF_TRACE_UPROBE_SESSION: u32 = 57;
+const BPF_F_UPROBE_MULTI_RETURN: u32 = 1;
 
 /// What a program is loaded as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ProgramType {
     /// For [`link_uprobes`].
     UprobeMulti,
+    /// For [`link_uprobes`]: a program that sees a call and its return.
+    UprobeSession,
+    /// For [`link_tracepoint`].
+    RawTracepoint,
     /// For [`iterate_tasks`]; the BTF id of the kernel's `bpf_iter_task`.
     TaskIterator(u32),
 }
@@ -34,6 +44,8 @@ impl ProgramType {
     fn numbers(self) -> (u32, u32, u32) {
         match self {
             ProgramType::UprobeMulti => (BPF_PROG_TYPE_KPROBE, BPF_TRACE_UPROBE_MULTI, 0),
+            ProgramType::UprobeSession => (BPF_PROG_TYPE_KPROBE, BPF_TRACE_UPROBE_SESSION, 0),
+            ProgramType::RawTracepoint => (BPF_PROG_TYPE_RAW_TRACEPOINT, 0, 0),
             ProgramType::TaskIterator(id) => (BPF_PROG_TYPE_TRACING, BPF_TRACE_ITER, id),
         }
     }
@@ -209,10 +221,22 @@ pub(super) fn load_program(
     })
 }
 
+/// When a program of uprobes runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum When {
+    /// At the instruction.
+    Entry,
+    /// When the function returns of which it is a part.
+    Return,
+    /// Both; the program is a [`ProgramType::UprobeSession`].
+    Session,
+}
+
 /// Attaches `program` at every offset of the file `path` for one process. What
 /// is attached goes when the descriptor is closed.
 pub(super) fn link_uprobes(
     program: BorrowedFd<'_>,
+    when: When,
     path: &str,
     offsets: &[u64],
     cookies: &[u64],
@@ -225,20 +249,48 @@ pub(super) fn link_uprobes(
     let mut attr = LinkCreate {
         prog_fd: raw(program),
         target_fd: 0,
-        attach_type: BPF_TRACE_UPROBE_MULTI,
+        attach_type: match when {
+            When::Session => BPF_TRACE_UPROBE_SESSION,
+            When::Entry | When::Return => BPF_TRACE_UPROBE_MULTI,
+        },
         flags: 0,
         path: path.as_ptr() as u64,
         offsets: offsets.as_ptr() as u64,
         ref_ctr_offsets: 0,
         cookies: cookies.as_ptr() as u64,
         cnt: u32::try_from(offsets.len()).map_err(io::Error::other)?,
-        multi_flags: 0,
+        multi_flags: if when == When::Return {
+            BPF_F_UPROBE_MULTI_RETURN
+        } else {
+            0
+        },
         pid,
         reserved: 0,
     };
     // SAFETY: a terminated string and two slices of `cnt` elements, all of which
     // outlive the call.
     unsafe { bpf(BPF_LINK_CREATE, &mut attr) }.and_then(owned)
+}
+
+/// `bpf_attr` of `BPF_RAW_TRACEPOINT_OPEN`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RawTracepoint {
+    name: u64,
+    prog_fd: u32,
+    reserved: u32,
+}
+
+/// Attaches `program` to a tracepoint, until the descriptor is closed.
+pub(super) fn link_tracepoint(program: BorrowedFd<'_>, name: &str) -> io::Result<OwnedFd> {
+    let name = CString::new(name)?;
+    let mut attr = RawTracepoint {
+        name: name.as_ptr() as u64,
+        prog_fd: raw(program),
+        reserved: 0,
+    };
+    // SAFETY: a terminated string that outlives the call.
+    unsafe { bpf(BPF_RAW_TRACEPOINT_OPEN, &mut attr) }.and_then(owned)
 }
 
 /// A file whose bytes are what the iterator `program` writes for the threads of
@@ -326,6 +378,35 @@ pub(super) fn entries<K: Pod + Default, V: Pod + Default>(
         }
         place = next;
         first = false;
+    }
+}
+
+/// `bpf_attr` of the calls for one entry.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Element {
+    map_fd: u32,
+    reserved: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// Adds an entry unless its key is there, or the map is full.
+pub(super) fn insert<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V) -> io::Result<()> {
+    let mut attr = Element {
+        map_fd: raw(map),
+        reserved: 0,
+        key: std::ptr::from_ref(key) as u64,
+        value: std::ptr::from_ref(value) as u64,
+        flags: BPF_NOEXIST,
+    };
+    // SAFETY: a key and a value, which the kernel only reads.
+    match unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr) } {
+        Err(error) if !matches!(error.raw_os_error(), Some(libc::EEXIST | libc::E2BIG)) => {
+            Err(error)
+        }
+        _ => Ok(()),
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod target;
 mod threads;
+mod tokio;
 
 use std::collections::BTreeMap;
 use std::process::Command;

@@ -1,11 +1,16 @@
 //! The kernel's own tasks: threads of a child.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use leakmon::probe::Kernel;
+use leakmon::binary::addr::FileOffset;
+use leakmon::probe::{Code, Kernel, Place, Plan, ProcessEvent, Role, Tier};
+use leakmon_common::threads::{Layout, Shared, reason};
 
-use super::alone;
+use super::{WAYS, alone, losses};
 
 /// A child that waits on its standard input, and is killed in the end.
 struct Blocked(Child);
@@ -70,4 +75,229 @@ fn registers_of_a_blocked_thread_are_those_of_proc() {
     println!("one thread's registers: {:?}", start.elapsed() / 100);
     drop(child);
     assert_eq!(kernel.registers(pid).unwrap(), []);
+}
+
+/// The file and offset of an address of this process.
+fn code(address: u64) -> (File, FileOffset) {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let hex = |word| u64::from_str_radix(word, 16).unwrap();
+    maps.lines()
+        .find_map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let (start, end) = fields[0].split_once('-')?;
+            (hex(start)..hex(end)).contains(&address).then(|| {
+                let file = File::open(format!("/proc/self/map_files/{}", fields[0])).unwrap();
+                (file, FileOffset(hex(fields[2]) + address - hex(start)))
+            })
+        })
+        .unwrap()
+}
+
+extern "C" fn waits(_: *mut libc::c_void) -> *mut libc::c_void {
+    std::thread::sleep(Duration::from_millis(20));
+    std::ptr::null_mut()
+}
+
+extern "C" fn told_apart(_: *mut libc::c_void) -> *mut libc::c_void {
+    std::ptr::null_mut()
+}
+
+#[inline(never)]
+fn create(start: extern "C" fn(*mut libc::c_void) -> *mut libc::c_void, argument: &[u64; 3]) {
+    let mut thread = 0;
+    // SAFETY: the start routines read nothing of their argument.
+    unsafe {
+        let argument = std::ptr::from_ref(argument).cast_mut().cast();
+        let made = libc::pthread_create(&raw mut thread, std::ptr::null(), start, argument);
+        assert_eq!(made, 0);
+        assert_eq!(libc::pthread_join(thread, std::ptr::null_mut()), 0);
+    }
+}
+
+fn plan() -> Plan {
+    let (file, offset) = code(libc::pthread_create as *const () as u64);
+    Plan {
+        layout: Layout {
+            shared: [
+                Shared::default(),
+                Shared {
+                    start: told_apart as *const () as u64,
+                    offset: 16,
+                },
+            ],
+        }
+        .words(),
+        places: vec![
+            Place {
+                code: Code::File(Arc::new(file)),
+                offset,
+                role: Role::ThreadCreate,
+                argument: 0,
+            },
+            Place::nowhere(Role::ThreadStart),
+            Place::nowhere(Role::ThreadExit),
+            Place::nowhere(Role::ThreadSwitch),
+        ],
+    }
+}
+
+#[test]
+fn threads_are_exact() {
+    let _alone = alone();
+    for way in WAYS {
+        let kernel = Kernel::load_for(way).unwrap();
+        let mut attached = kernel
+            .attach(std::process::id(), &plan(), Tier::Lifecycle)
+            .unwrap();
+        for _ in 0..10 {
+            create(waits, &[1, 2, 3]);
+        }
+        for word in [77, 77, 88] {
+            create(told_apart, &[1, 2, word]);
+        }
+        // A join may come before the kernel's end of a thread.
+        std::thread::sleep(Duration::from_millis(20));
+        let counts = attached.read().unwrap();
+        let of = |entry: u64| {
+            let site = counts.sites.iter().find(|(site, _)| site.entry == entry);
+            site.unwrap_or_else(|| panic!("{way:?}: {entry:#x}: {counts:?}"))
+        };
+        let (site, flow) = of(waits as *const () as u64);
+        assert_eq!((flow.spawned, flow.exited), (10, 10), "{way:?}");
+        assert_eq!((of(77).1.spawned, of(77).1.exited), (2, 2));
+        assert_eq!((of(88).1.spawned, of(88).1.exited), (1, 1));
+        assert_eq!(counts.hits.of(Role::ThreadCreate), 13);
+
+        let stacks = attached.creation_stacks().unwrap();
+        assert_eq!(stacks.len(), 3);
+        let stack = stacks.iter().find(|stack| stack.site == *site).unwrap();
+        assert_eq!(stack.ip, libc::pthread_create as *const () as u64);
+        assert!(stack.bytes.len() >= 1024);
+        #[cfg(target_arch = "x86_64")]
+        assert_eq!(stack.bytes[..8], site.created_at.to_le_bytes());
+        let memory = File::open("/proc/self/mem").unwrap();
+        assert!(memory.read_exact_at(&mut [0], stack.sp).is_ok());
+
+        attached.set_tier(Tier::Blocking).unwrap();
+        for _ in 0..5 {
+            create(waits, &[1, 2, 3]);
+        }
+        let (send, receive) = mpsc::channel();
+        let blocked = std::thread::spawn(move || {
+            // SAFETY: it has no arguments.
+            send.send(unsafe { libc::gettid() } as u32).unwrap();
+            std::thread::park();
+        });
+        let tid = receive.recv().unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        let counts = attached.read().unwrap();
+        let sleep = reason(libc::SYS_clock_nanosleep as u32, 0);
+        let slept: Vec<_> = counts
+            .waits
+            .iter()
+            .filter(|wait| wait.site == *site && wait.reason == sleep)
+            .collect();
+        assert_eq!(slept.len(), 1, "{:?}", counts.waits);
+        assert_eq!((slept[0].parks, slept[0].resumes), (5, 5));
+        // 2^24 ns is 17 ms.
+        assert_eq!(slept[0].durations.buckets[24..].iter().sum::<u64>(), 5);
+        let thread = counts
+            .threads
+            .iter()
+            .find(|thread| thread.tid == tid)
+            .unwrap();
+        // FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG, as Rust's std parks.
+        assert_eq!(thread.reason, reason(libc::SYS_futex as u32, 0x89));
+        let line = std::fs::read_to_string(format!("/proc/self/task/{tid}/syscall")).unwrap();
+        let words: Vec<&str> = line.split_whitespace().collect();
+        assert_eq!(format!("{:#x}", thread.argument), words[1]);
+        assert!(thread.blocked_since.is_some() && thread.born.is_some());
+        assert!(losses(&counts).is_empty(), "{:?}", losses(&counts));
+        let registers = kernel.registers(std::process::id()).unwrap();
+        let switches = registers.iter().find(|thread| thread.tid == tid).unwrap();
+        assert_eq!(switches.voluntary_switches, thread.voluntary, "{thread:?}");
+        blocked.thread().unpark();
+        blocked.join().unwrap();
+        drop(attached);
+        create(waits, &[1, 2, 3]);
+    }
+}
+
+#[test]
+fn two_plans_of_one_process_do_not_share_its_threads() {
+    let _alone = alone();
+    let kernel = Kernel::load().unwrap();
+    let first = kernel
+        .attach(std::process::id(), &plan(), Tier::Lifecycle)
+        .unwrap();
+    let second = kernel.attach(std::process::id(), &plan(), Tier::Lifecycle);
+    assert!(second.is_err());
+    drop(first);
+    let third = kernel.attach(std::process::id(), &plan(), Tier::Lifecycle);
+    assert!(third.is_ok());
+}
+
+#[test]
+fn processes_tell_what_becomes_of_them() {
+    let _alone = alone();
+    let kernel = Kernel::load().unwrap();
+    let mut events = kernel.events().unwrap();
+    assert!(kernel.events().is_err());
+    let mut pids = Vec::new();
+    for _ in 0..20 {
+        let mut child = Command::new("true").spawn().unwrap();
+        pids.push(child.id());
+        child.wait().unwrap();
+    }
+    let (read, lost) = events.read().unwrap();
+    assert_eq!(lost, 0);
+    for pid in pids {
+        let own: Vec<ProcessEvent> = read
+            .iter()
+            .copied()
+            .filter(|event| event.pid() == pid)
+            .collect();
+        assert_eq!(
+            own,
+            [
+                ProcessEvent::Fork(pid),
+                ProcessEvent::Exec(pid),
+                ProcessEvent::Exit(pid)
+            ]
+        );
+    }
+}
+
+#[test]
+fn what_a_switch_costs() {
+    let _alone = alone();
+    let kernel = Kernel::load().unwrap();
+    let ping = || {
+        let (there, from) = mpsc::sync_channel::<()>(0);
+        let (back, answer) = mpsc::sync_channel::<()>(0);
+        let thread = std::thread::spawn(move || {
+            while from.recv().is_ok() {
+                back.send(()).unwrap();
+            }
+        });
+        let cpu = leakmon::probe::cpu_time(std::process::id()).unwrap();
+        for _ in 0..20_000 {
+            there.send(()).unwrap();
+            answer.recv().unwrap();
+        }
+        let cpu = leakmon::probe::cpu_time(std::process::id()).unwrap() - cpu;
+        drop(there);
+        thread.join().unwrap();
+        cpu
+    };
+    ping();
+    let bare = ping();
+    let attached = kernel
+        .attach(std::process::id(), &plan(), Tier::Blocking)
+        .unwrap();
+    let before = attached.hits().unwrap().total();
+    let probed = ping();
+    let hits = attached.hits().unwrap().total() - before;
+    let per_hit = (probed.as_nanos() as f64 - bare.as_nanos() as f64) / hits as f64;
+    println!("{bare:?} bare, {probed:?} probed, {hits} hits, {per_hit:.0} ns a hit");
 }
