@@ -11,7 +11,7 @@ use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError, Weak};
 
 use rustc_hash::FxHashMap;
 
-use crate::binary::addr::{LoadBias, RuntimeAddr, Vaddr};
+use crate::binary::addr::{LoadBias, RuntimeAddr};
 use crate::binary::elf::{Elf, ReadAt};
 use crate::binary::symbols::{Lines, Symbols};
 use crate::binary::unwind::{Rule, Table};
@@ -235,11 +235,6 @@ impl Modules {
             .is_some_and(|i| at < self.mappings[i].end)
     }
 
-    /// The modules, in the order of their addresses.
-    pub(super) fn all(&self) -> &[Module] {
-        &self.modules
-    }
-
     /// How to unwind from `pc`.
     pub(super) fn rule(&mut self, pc: Pc) -> Option<Arc<Rule>> {
         if let Some(rule) = self.rules.get(&pc) {
@@ -370,11 +365,6 @@ impl Modules {
 impl Module {
     fn is_libc(&self) -> bool {
         self.whose == Whose::System && self.image.name != "[vdso]"
-    }
-
-    /// Where `vaddr` of its file lies in the process.
-    pub(super) fn runtime(&self, vaddr: Vaddr) -> u64 {
-        self.bias.runtime(vaddr).0
     }
 }
 
