@@ -272,3 +272,51 @@ impl Lines {
         found
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    #[test]
+    fn names_of_three_languages() {
+        for (mangled, plain) in [
+            (
+                "_ZN3std6thread4park17h0123456789abcdefE",
+                "std::thread::park",
+            ),
+            ("_RNvC7mycrate3foo", "mycrate::foo"),
+            ("_ZN3foo3barEv", "foo::bar()"),
+            ("_ZN3foo3barEv.llvm.123", "foo::bar()"),
+            ("pthread_mutex_lock", "pthread_mutex_lock"),
+            ("_Z", "_Z"),
+            ("", ""),
+        ] {
+            assert_eq!(demangle(mangled), plain);
+        }
+        assert!(demangle(&"x".repeat(1 << 20)).len() <= MAX_NAME + 4);
+    }
+
+    #[test]
+    fn its_own_functions_have_names_and_lines() {
+        let file = File::open("/proc/self/exe").unwrap();
+        let elf = Elf::parse(&file).unwrap();
+        let process = crate::process::identity::Process::open(std::process::id()).unwrap();
+        let here = demangle as fn(&str) -> String as usize as u64;
+        let at = process
+            .load_bias(elf.entry)
+            .vaddr(super::super::addr::RuntimeAddr(here));
+        let symbols = Symbols::read(&elf, &file);
+        let (name, start) = symbols.function(at, None).unwrap();
+        assert_eq!(start, at);
+        assert!(name.ends_with("symbols::demangle"), "{name}");
+        assert_eq!(symbols.function(Vaddr(1), None), None);
+        let lines = Lines::read(&elf, &file).unwrap();
+        let positions = lines.positions(at);
+        let last = positions.last().unwrap();
+        assert!(last.file.ends_with("symbols.rs"), "{last:?}");
+        assert!(last.line > 0 && !last.inlined);
+        assert!(lines.positions(Vaddr(1)).is_empty());
+    }
+}

@@ -488,3 +488,146 @@ fn evaluate(
         _ => Err(End::Damaged),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+
+    fn rule_of(cfa: Cfa, saved: &[(u16, Saved)]) -> Rule {
+        Rule {
+            function: Vaddr(0x1000),
+            signal: false,
+            cfa,
+            saved: saved.into(),
+        }
+    }
+
+    /// Words of a stack that starts at 0x7000.
+    fn words(words: &'static [u64]) -> impl FnMut(u64) -> Option<u64> {
+        move |at| {
+            let index = usize::try_from(at.checked_sub(0x7000)? / 8).ok()?;
+            words.get(index).copied()
+        }
+    }
+
+    #[test]
+    fn a_frame_of_each_architecture() {
+        // push %rbp; mov %rsp,%rbp
+        let rule = rule_of(
+            Cfa::Register(6, 16),
+            &[(6, Saved::At(-16)), (16, Saved::At(-8))],
+        );
+        let start = Registers::new(Arch::X86_64, 0x1010, 0x7000, Some(0x7008), None);
+        let caller = step(&start, &rule, &mut words(&[1, 0x7100, 0x2020])).unwrap();
+        assert_eq!((caller.ip(), caller.sp()), (0x2020, 0x7018));
+        assert_eq!(caller.get(6), Some(0x7100));
+        // stp x29, x30, [sp, #-16]!
+        let rule = rule_of(
+            Cfa::Register(31, 16),
+            &[(29, Saved::At(-16)), (30, Saved::At(-8))],
+        );
+        let start = Registers::new(Arch::Aarch64, 0x1010, 0x7000, None, None);
+        let caller = step(&start, &rule, &mut words(&[0x7100, 0x2020])).unwrap();
+        assert_eq!((caller.ip(), caller.sp()), (0x2020, 0x7010));
+        assert_eq!(caller.get(29), Some(0x7100));
+        // A leaf without a frame returns by its link register.
+        let leaf = rule_of(Cfa::Register(31, 0), &[]);
+        let start = Registers::new(Arch::Aarch64, 0x1010, 0x7000, None, Some(0x2020));
+        assert_eq!(step(&start, &leaf, &mut words(&[])).unwrap().ip(), 0x2020);
+    }
+
+    #[test]
+    fn what_is_not_known_ends_the_stack() {
+        let saved = &[(16, Saved::At(-8))];
+        let start = Registers::new(Arch::X86_64, 0x1010, 0x7000, None, None);
+        let by_bp = rule_of(Cfa::Register(6, 16), saved);
+        let by_sp = rule_of(Cfa::Register(7, 8), saved);
+        let end = |rule: &Rule, memory| step(&start, rule, &mut words(memory)).unwrap_err();
+        assert_eq!(end(&by_bp, &[1, 2, 3]), End::UnknownRegister);
+        assert_eq!(end(&by_sp, &[]), End::Memory(0x7000));
+        assert_eq!(end(&by_sp, &[0]), End::Top);
+        let top = rule_of(Cfa::Register(7, 8), &[(16, Saved::Unknown)]);
+        assert_eq!(end(&top, &[1]), End::Top);
+        // A stack that does not grow is none.
+        let loops = rule_of(Cfa::Register(7, 0), &[(16, Saved::Is(0))]);
+        assert_eq!(end(&loops, &[1]), End::Damaged);
+        // A leaf of AArch64 whose link register nobody knows.
+        let leaf = rule_of(Cfa::Register(31, 0), &[]);
+        let start = Registers::new(Arch::Aarch64, 0x1010, 0x7000, None, None);
+        let end = step(&start, &leaf, &mut words(&[])).unwrap_err();
+        assert_eq!(end, End::UnknownRegister);
+    }
+
+    #[test]
+    fn expressions_of_a_plt() {
+        // breg7 (rsp) 8; breg16 (rip) 0; lit15; and; lit11; ge; lit3; shl; plus
+        let plt = [0x77, 8, 0x80, 0, 0x3f, 0x1a, 0x3b, 0x2a, 0x33, 0x24, 0x22];
+        let at = |ip| {
+            let registers = Registers::new(Arch::X86_64, ip, 0x7000, None, None);
+            evaluate(&plt, &registers, None, &mut |_| None)
+        };
+        assert_eq!(at(0x1000), Ok(0x7008));
+        assert_eq!(at(0x100b), Ok(0x7010));
+        let registers = Registers::new(Arch::X86_64, 0, 0, None, None);
+        for end in 0..plt.len() {
+            let _ = evaluate(&plt[..end], &registers, None, &mut |_| None);
+        }
+        // skip -3: for ever.
+        let endless = [0x2f, 0xfd, 0xff];
+        let result = evaluate(&endless, &registers, None, &mut |_| None);
+        assert_eq!(result, Err(End::Damaged));
+    }
+
+    /// This test's own executable.
+    fn own() -> (Table, Vaddr) {
+        let file = File::open("/proc/self/exe").unwrap();
+        let elf = Elf::parse(&file).unwrap();
+        let process = crate::process::identity::Process::open(std::process::id()).unwrap();
+        let here = own as fn() -> (Table, Vaddr) as usize as u64;
+        let at = process
+            .load_bias(elf.entry)
+            .vaddr(super::super::addr::RuntimeAddr(here));
+        (Table::read(&elf, &file), at)
+    }
+
+    #[test]
+    fn with_and_without_a_search_table() {
+        let (mut table, at) = own();
+        let found = table.rule(at).unwrap();
+        assert_eq!(found.function, at);
+        table.header = None;
+        table.eh_index = index(
+            &table.eh_section(&table.eh_frame.as_ref().unwrap().1),
+            &table.bases(),
+        );
+        assert_eq!(table.rule(at), Some(found));
+        assert_eq!(table.rule(Vaddr(1)), None);
+    }
+
+    #[test]
+    fn every_damage_is_an_answer() {
+        let (mut table, at) = own();
+        let header = table.header.clone().unwrap();
+        for byte in 0..header.1.len().min(64) {
+            for flip in [0xff, 0x80, 1] {
+                let mut damaged = header.clone();
+                damaged.1[byte] ^= flip;
+                table.header = Some(damaged);
+                let _ = table.rule(at);
+            }
+        }
+        table.header = Some(header);
+        let frames = table.eh_frame.clone().unwrap();
+        for byte in 0..frames.1.len().min(4096) {
+            let mut damaged = (frames.0, frames.1[..4096.min(frames.1.len())].to_vec());
+            damaged.1[byte] ^= 0xff;
+            let section = table.eh_section(&damaged.1);
+            for (start, _, offset) in index(&section, &table.bases()).into_iter().take(20) {
+                let offset = gimli::EhFrameOffset(offset);
+                let _ = rule(&section, &table.bases(), offset, start, table.arch);
+            }
+        }
+    }
+}

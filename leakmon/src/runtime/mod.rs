@@ -5,7 +5,7 @@ pub mod go;
 pub mod threads;
 pub mod tokio;
 
-use crate::probe::{Counts, Plan};
+use crate::probe::{Counts, Plan, ThreadRegisters};
 use crate::process::identity::Process;
 use crate::process::memory::MemoryError;
 use crate::task::{Classify, Dump, Flow, Population, SiteFlow, Tier};
@@ -90,6 +90,10 @@ impl Probes {
     }
 }
 
+/// Gives the registers of all threads of the process with this pid, as far as
+/// it knows them: [`Kernel::registers`](crate::probe::Kernel::registers).
+pub type RegisterSource = Box<dyn FnMut(u32) -> Vec<ThreadRegisters> + Send>;
+
 /// The tasks that one runtime keeps in one process.
 pub trait Tasks: Send {
     /// Which runtime.
@@ -119,6 +123,13 @@ pub trait Tasks: Send {
     /// # Errors
     /// As [`Tasks::population`].
     fn dump(&mut self) -> Result<Dump, Refusal>;
+
+    /// Takes the registers of threads from `source`, where stacks are unwound
+    /// from them: `/proc` shows neither the frame pointer nor the link register,
+    /// without which many stacks end early. May be called at any time.
+    fn use_registers(&mut self, source: RegisterSource) {
+        drop(source);
+    }
 
     /// What can be probed.
     ///

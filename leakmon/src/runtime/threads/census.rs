@@ -28,9 +28,10 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use crate::binary::addr::RuntimeAddr;
 use crate::binary::elf::{Arch, Elf, ElfError};
 use crate::binary::unwind::Registers;
+use crate::probe::ThreadRegisters;
 use crate::process::identity::Process;
 use crate::process::memory::{Memory as _, MemoryError, ProcessMemory};
-use crate::runtime::{Kind, Refusal};
+use crate::runtime::{Kind, Refusal, RegisterSource};
 use crate::task::{
     Age, Cycle, CycleMember, Dump, Group, Population, Site, SiteId, SiteKey, Stack, StackId, State,
     Task,
@@ -71,25 +72,6 @@ pub enum Detail {
     /// Also stacks and what the threads wait for.
     Stacks,
 }
-
-/// Registers of a thread that is not running, from a source that knows more of
-/// them than `/proc`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ThreadRegisters {
-    /// The thread, in leakmon's pid namespace.
-    pub tid: u32,
-    /// Instruction pointer.
-    pub ip: u64,
-    /// Stack pointer.
-    pub sp: u64,
-    /// Frame pointer: rbp, x29.
-    pub bp: u64,
-    /// AArch64's link register, x30; not looked at elsewhere.
-    pub lr: u64,
-}
-
-/// Gives the registers of all threads of a process.
-pub type RegisterSource = Box<dyn FnMut(u32) -> Vec<ThreadRegisters> + Send>;
 
 /// What shows whether a thread has run: time on a processor in nanoseconds, and
 /// times that it was put on one. A thread that takes over another's id would
@@ -720,7 +702,7 @@ impl Census {
         };
         // Of the same moment as what /proc says, if these two agree.
         let more = more.filter(|more| more.ip == ip && more.sp == sp);
-        let start = Registers::new(arch, ip, sp, more.map(|r| r.bp), more.map(|r| r.lr));
+        let start = Registers::new(arch, ip, sp, more.map(|r| r.frame), more.map(|r| r.link));
         let mut buffer = std::mem::take(&mut self.buffer);
         let unwound = unwind(&mut self.modules, &start, arch, memory, &mut buffer);
         self.buffer = buffer;

@@ -15,7 +15,7 @@ mod waits;
 
 use crate::probe::Counts;
 use crate::process::identity::Process;
-use crate::runtime::{Kind, Probes, Refusal, Tasks};
+use crate::runtime::{Kind, Probes, Refusal, RegisterSource, Tasks};
 use crate::task::{Classify, Dump, Flow, Population, SiteFlow};
 
 use census::{Census, Detail};
@@ -61,6 +61,10 @@ impl Tasks for Census {
 
     fn totals(&self, _counts: &Counts) -> SiteFlow {
         SiteFlow::default()
+    }
+
+    fn use_registers(&mut self, source: RegisterSource) {
+        Census::use_registers(self, source);
     }
 
     fn build_id(&self) -> Option<String> {

@@ -11,7 +11,7 @@ use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError, Weak};
 
 use rustc_hash::FxHashMap;
 
-use crate::binary::addr::{LoadBias, RuntimeAddr, Vaddr};
+use crate::binary::addr::{LoadBias, RuntimeAddr};
 use crate::binary::elf::{Elf, ReadAt};
 use crate::binary::symbols::{Lines, Symbols};
 use crate::binary::unwind::{Rule, Table};
@@ -235,11 +235,6 @@ impl Modules {
             .is_some_and(|i| at < self.mappings[i].end)
     }
 
-    /// The modules, in the order of their addresses.
-    pub(super) fn all(&self) -> &[Module] {
-        &self.modules
-    }
-
     /// How to unwind from `pc`.
     pub(super) fn rule(&mut self, pc: Pc) -> Option<Arc<Rule>> {
         if let Some(rule) = self.rules.get(&pc) {
@@ -371,11 +366,6 @@ impl Module {
     fn is_libc(&self) -> bool {
         self.whose == Whose::System && self.image.name != "[vdso]"
     }
-
-    /// Where `vaddr` of its file lies in the process.
-    pub(super) fn runtime(&self, vaddr: Vaddr) -> u64 {
-        self.bias.runtime(vaddr).0
-    }
 }
 
 fn open(mapping: &Mapping, memory: &ProcessMemory) -> Option<Module> {
@@ -423,7 +413,7 @@ fn open(mapping: &Mapping, memory: &ProcessMemory) -> Option<Module> {
 /// By a file's name: glibc's and musl's own libraries, and those that GCC's
 /// C++ and LLVM's come with.
 fn whose_module(name: &str) -> Whose {
-    const SYSTEM: [&str; 12] = [
+    const SYSTEM: [&str; 13] = [
         "[vdso]",
         "ld-",
         "ld.so",
@@ -432,7 +422,8 @@ fn whose_module(name: &str) -> Whose {
         "libc.so",
         "libgcc_s",
         "libpthread",
-        "librt",
+        "librt-",
+        "librt.so",
         "libstdc++",
         "libc.musl",
         "libstd-",
@@ -445,52 +436,29 @@ fn whose_module(name: &str) -> Whose {
 
 /// By a function's name, where the libraries are linked into the program.
 pub(super) fn whose_function(name: &str) -> Whose {
-    /// Rust's standard library and its best known locks, C++'s, libc's.
-    const STARTS: [&str; 14] = [
+    /// Rust's standard library and its best known locks, C++'s, and what is
+    /// the C library's own: names with two underscores are reserved for it (C11,
+    /// 7.1.3).
+    const STARTS: [&str; 9] = [
         "std::",
         "core::",
         "alloc::",
         "parking_lot::",
         "parking_lot_core::",
         "lock_api::",
-        "__gthread",
-        "__rust",
         "pthread_",
-        "__pthread",
-        "__futex",
-        "__lll_",
-        "__libc_",
-        "__GI_",
+        "sem_",
+        "__",
     ];
     /// Of a static libc: what blocks, and what starts threads.
-    const NAMES: [&str; 46] = [
+    const NAMES: [&str; 38] = [
         "_start",
-        "__clone",
-        "__clone3",
-        "__epoll_wait",
-        "__nanosleep",
-        "__poll",
-        "__read",
-        "__select",
-        "__sem_wait",
-        "__start_thread",
-        "__syscall",
-        "__syscall_cancel",
-        "__syscall_cancel_arch",
-        "__syscall_cp",
-        "__syscall_cp_asm",
-        "__syscall_cp_c",
-        "__internal_syscall_cancel",
-        "__timedwait",
-        "__timedwait_cp",
-        "__wait",
-        "__wait4",
-        "__write",
         "accept",
         "accept4",
         "clock_nanosleep",
         "clone",
         "clone3",
+        "connect",
         "do_futex_wait",
         "epoll_pwait",
         "epoll_wait",
@@ -498,17 +466,29 @@ pub(super) fn whose_function(name: &str) -> Whose {
         "nanosleep",
         "pause",
         "poll",
+        "ppoll",
+        "pselect",
         "read",
         "recv",
         "recvfrom",
         "recvmsg",
         "select",
-        "sem_timedwait",
-        "sem_wait",
+        "send",
+        "sendmsg",
+        "sendto",
+        "sigsuspend",
+        "sigtimedwait",
+        "sigwait",
+        "sigwaitinfo",
         "sleep",
         "start_thread",
         "syscall",
+        "thrd_join",
+        "thrd_sleep",
         "usleep",
+        "wait",
+        "wait4",
+        "waitpid",
         "write",
     ];
     // `<std::thread::Thread as ...>::park`
@@ -518,5 +498,36 @@ pub(super) fn whose_function(name: &str) -> Whose {
         Whose::System
     } else {
         Whose::Program
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whose_a_function_is() {
+        for name in [
+            "<std::thread::Thread>::park",
+            "<alloc::boxed::Box<dyn core::ops::FnOnce()> as core::ops::FnOnce()>::call_once",
+            "__new_sem_wait_slow64.constprop.0",
+            "pthread_mutex_lock",
+            "sigwait",
+        ] {
+            assert_eq!(whose_function(name), Whose::System, "{name}");
+        }
+        for name in ["main", "stdlib::f", "sigwait_all", "app::run", "reader"] {
+            assert_eq!(whose_function(name), Whose::Program, "{name}");
+        }
+    }
+
+    #[test]
+    fn whose_a_file_is() {
+        for name in ["libc.so.6", "ld-linux-x86-64.so.2", "libstdc++.so.6.0.30"] {
+            assert_eq!(whose_module(name), Whose::System);
+        }
+        for name in ["libcurl.so.4", "librt_app.so", "node"] {
+            assert_eq!(whose_module(name), Whose::Program);
+        }
     }
 }

@@ -14,10 +14,16 @@ const NAMED: u64 = 1 << 63;
 /// `whole`). Without libc as a file of its own (`has_libc`), a frame without a
 /// name may be libc's, and what is outside of it is not known.
 pub(super) fn stack(frames: &[Resolved], whole: bool, has_libc: bool) -> Stack {
-    let outside = frames.iter().position(|f| f.whose == Whose::Program);
-    let place = match outside {
+    // Where libc is part of the program the call is still libc's own.
+    let call = usize::from(!has_libc);
+    let outside = frames
+        .iter()
+        .skip(call)
+        .position(|f| f.whose == Whose::Program);
+    let place = match outside.map(|at| at + call) {
         Some(at) if !has_libc && !frames[at].named => None,
         Some(at) => Some(at),
+        None if !has_libc => None,
         // Of a stack that ends within a library as near to it as is known.
         None if !whole => frames.len().checked_sub(1),
         None => (!frames.is_empty()).then_some(0),
