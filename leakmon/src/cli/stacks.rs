@@ -8,6 +8,8 @@ use crate::process::identity::Process;
 use crate::report::stacks::{self, Format, Origin};
 use crate::runtime::{self, Cache, Kind, Refusal, Tasks};
 
+use crate::watch::KernelSide;
+
 use super::{Exit, Failure, RuntimeArg, StacksArgs, StacksFormat, exit_of};
 
 /// Bytes of output that are collected before they are written.
@@ -31,6 +33,8 @@ pub fn run(args: &StacksArgs) -> Result<Exit, Failure> {
         exit: exit_of(&refusal),
     };
     let mut tasks = choose(&process, args.runtime)?.map_err(failed)?;
+    let kernel = KernelSide::new(false);
+    tasks.use_registers(Box::new(move |pid| kernel.registers(pid)));
     let dump = tasks.dump().map_err(failed)?;
     let format = match args.format {
         StacksFormat::Debug2 => Format::Debug2,

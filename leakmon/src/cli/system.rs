@@ -1,18 +1,24 @@
 //! `leakmon` without a pid: every process of the machine, in one table.
 
 use std::io::{self, IsTerminal, Write};
+use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::probe::ProcessEvents;
 use crate::process::discovery::Filter;
 use crate::report::overview::{self, Overview};
+use crate::watch::KernelSide;
 use crate::watch::system::{Options, System};
 
 use super::screen::{Terminal, coloured, size};
 use super::{Exit, Failure, Format, WatchArgs};
+
+/// How often the kernel's word of new processes is heard.
+const LISTEN_EVERY: Duration = Duration::from_millis(100);
 
 /// Processes that are shown when nobody says how many and no terminal has a
 /// size.
@@ -103,6 +109,7 @@ fn refresh(
     overviews: &tokio::sync::mpsc::Sender<io::Result<Overview>>,
     stopped: &mpsc::Receiver<()>,
 ) {
+    let kernel = Arc::new(KernelSide::new(false));
     let mut system = System::new(Options {
         filter: Filter {
             name: args.name.clone(),
@@ -110,14 +117,20 @@ fn refresh(
             cgroup: args.cgroup.clone(),
         },
         all_runtimes: args.all_runtimes,
+        kernel: Arc::clone(&kernel),
     });
     let started = Instant::now();
     let mut due = Duration::ZERO;
+    let mut events = None;
     loop {
         let overview = system.refresh(args.interval);
         let over = overview.is_err();
         if overviews.blocking_send(overview).is_err() || over || args.once {
             return;
+        }
+        if due.is_zero() {
+            // The first table does not wait for it.
+            events = listen(&kernel);
         }
         while due <= started.elapsed() {
             due += args.interval;
@@ -125,9 +138,40 @@ fn refresh(
         if args.duration.is_some_and(|duration| due > duration) {
             return;
         }
-        let left = due.saturating_sub(started.elapsed());
-        if !matches!(stopped.recv_timeout(left), Err(RecvTimeoutError::Timeout)) {
-            return;
+        loop {
+            let left = due.saturating_sub(started.elapsed());
+            let nap = match &events {
+                Some(_) => left.min(LISTEN_EVERY),
+                None => left,
+            };
+            if !matches!(stopped.recv_timeout(nap), Err(RecvTimeoutError::Timeout)) {
+                return;
+            }
+            if let Some(listening) = &mut events {
+                match listening.read() {
+                    // What was lost is found by the next look.
+                    Ok((told, _lost)) => system.take(&told),
+                    Err(error) => {
+                        tracing::warn!("processes are found every interval only: {error}");
+                        events = None;
+                    }
+                }
+            }
+            if started.elapsed() >= due {
+                break;
+            }
+        }
+    }
+}
+
+/// The kernel's word of processes that come, go and change; `None` where it
+/// does not give it. They are found every interval then.
+fn listen(kernel: &KernelSide) -> Option<ProcessEvents> {
+    match kernel.reading()?.events() {
+        Ok(events) => Some(events),
+        Err(error) => {
+            tracing::info!("processes are found every interval only: {error}");
+            None
         }
     }
 }

@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::probe::{self, Error, Tier};
+use crate::probe::Tier;
 use crate::process::identity::Process;
 use crate::process::memory::MemoryError;
 use crate::report::Report;
 use crate::runtime::{Cache, Refusal};
-use crate::watch::{KernelSlot, Options, Watch, WatchError};
+use crate::watch::{KernelSide, Options, Watch, WatchError};
 
 use super::screen::Screen;
 use super::{Exit, Failure, TierArg, WatchArgs, exit_of};
@@ -74,15 +74,11 @@ async fn watch(args: WatchArgs, processes: Vec<Process>) -> Result<Exit, Failure
     };
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
-    let kernel = KernelSlot::default();
-    if !args.once && args.tier != Some(TierArg::Census) {
+    let probes = !args.once && args.tier != Some(TierArg::Census);
+    let kernel = Arc::new(KernelSide::new(probes));
+    if probes {
         let kernel = Arc::clone(&kernel);
-        std::thread::spawn(move || {
-            // Watchers wait for it, whatever happens here.
-            let loaded = std::panic::catch_unwind(probe::load)
-                .unwrap_or_else(|_| Err(Error::Object("loading it panicked".to_owned())));
-            kernel.set(loaded)
-        });
+        std::thread::spawn(move || kernel.load());
     }
     let (events, mut reports) = tokio::sync::mpsc::unbounded_channel();
     let cache = Arc::new(Cache::default());
@@ -156,7 +152,7 @@ async fn watch(args: WatchArgs, processes: Vec<Process>) -> Result<Exit, Failure
 /// The thread that watches one process.
 struct Watcher {
     args: WatchArgs,
-    kernel: KernelSlot,
+    kernel: Arc<KernelSide>,
     events: UnboundedSender<Event>,
     /// Its other end is dropped when the watch is to end.
     stopped: mpsc::Receiver<()>,

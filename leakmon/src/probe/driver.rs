@@ -43,6 +43,8 @@ pub struct Status {
     /// What is attached at this moment; less than `tier` while the budget is
     /// saved up.
     pub attached: Tier,
+    /// They do not count spawns yet: [`Driver::learned`] is waited for.
+    pub learning: bool,
     /// Why the probes are gone, if they are.
     pub failed: Option<String>,
     /// Grows with every detaching: between two equal values the spawns and
@@ -111,6 +113,7 @@ impl Driver {
         Status {
             tier: state.governor.tier(),
             attached: state.attached.tier(),
+            learning: state.attached.is_learning(),
             failed: state.failed.clone(),
             gaps: state.gaps,
             wait_gaps: state.wait_gaps,

@@ -416,6 +416,9 @@ fn deadlock(canvas: &mut Canvas, runtime: &Runtime, cycle: &Cycle) {
         let holder = members[(i + 1) % members.len()].task;
         let name = member.name.as_deref().map(safe).unwrap_or_default();
         let at = match &member.place {
+            Some(frame) if frame.file.is_empty() => {
+                format!(" in {}", function(&frame.function))
+            }
             Some(frame) => format!(
                 " in {} at {}",
                 function(&frame.function),

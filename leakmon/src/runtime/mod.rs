@@ -5,7 +5,7 @@ pub mod go;
 pub mod threads;
 pub mod tokio;
 
-use crate::probe::{Counts, Plan, ThreadRegisters};
+use crate::probe::{Counts, KnownTask, Plan, ThreadRegisters};
 use crate::process::identity::Process;
 use crate::process::memory::MemoryError;
 use crate::task::{Classify, Dump, Flow, Population, SiteFlow, Tier};
@@ -129,6 +129,12 @@ pub trait Tasks: Send {
     /// without which many stacks end early. May be called at any time.
     fn use_registers(&mut self, source: RegisterSource) {
         drop(source);
+    }
+
+    /// Every live task of the latest census, for probes that must tell those
+    /// that are new from those that were there before.
+    fn known(&self) -> Vec<KnownTask> {
+        Vec::new()
     }
 
     /// What can be probed.

@@ -8,7 +8,7 @@ use crate::report::{self, Observation, Probed, TierReason};
 use crate::runtime::{Refusal, Tasks};
 use crate::task::{Checkpoint, Coverage, Flow, rates, reconcile};
 
-use super::{KernelSlot, Live, Options, WatchError};
+use super::{KernelSide, Live, Options, WatchError};
 
 /// What is to be attached.
 #[derive(Clone, Copy, Debug)]
@@ -47,7 +47,7 @@ impl Attachment {
         tasks: &dyn Tasks,
         pid: u32,
         wanted: Wanted,
-        kernel: &KernelSlot,
+        kernel: &KernelSide,
     ) -> Result<Attachment, WatchError> {
         let probes = tasks.probes().map_err(|refusal| match refusal {
             Refusal::Unreadable(why) => WatchError::NoPlaces(why),
@@ -57,7 +57,7 @@ impl Attachment {
         if let (Some(Tier::Blocking), Some(why)) = (wanted.fixed, &probes.blocking_refused) {
             return Err(WatchError::NoPlaces(why.clone()));
         }
-        let (kernel, cost) = kernel.wait().as_ref()?;
+        let (kernel, cost) = kernel.probing()?;
         let attached = kernel
             .attach(pid, &probes.plan, Tier::Census)
             .map_err(|error| WatchError::from(&error))?;
@@ -108,9 +108,17 @@ impl Live {
         let after = probing.driver.counts();
         let status = probing.driver.status();
         let interval = probing.driver.take_interval();
-        let failed = match (&before, &after) {
-            (Ok(_), Ok(_)) => status.failed.clone(),
-            (Err(error), _) | (_, Err(error)) => Some(error.to_string()),
+        let mut learned = Ok(());
+        // What was there before the probes has now been seen while they were.
+        if status.learning
+            && before_status.attached >= Tier::Lifecycle
+            && before_status.gaps == status.gaps
+        {
+            learned = probing.driver.learned(&self.tasks.known());
+        }
+        let failed = match (&before, &after, &learned) {
+            (Ok(_), Ok(_), Ok(())) => status.failed.clone(),
+            (Err(error), ..) | (_, Err(error), _) | (.., Err(error)) => Some(error.to_string()),
         };
         let (before, after) = (before.unwrap_or_default(), after.unwrap_or_default());
         if let Some(error) = failed {
@@ -126,7 +134,8 @@ impl Live {
             self.attachment = Attachment::None(reason);
             return Ok(tasks);
         }
-        let unbroken = before_status.attached >= Tier::Lifecycle
+        let unbroken = !before_status.learning
+            && before_status.attached >= Tier::Lifecycle
             && status.attached >= Tier::Lifecycle
             && before_status.gaps == status.gaps;
         let totals = |counts: &Counts| self.tasks.totals(counts);

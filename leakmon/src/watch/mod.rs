@@ -2,13 +2,14 @@
 //! probes between, and a report of both.
 
 mod attachment;
+mod kernel_side;
 pub mod system;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::leak::History;
-use crate::probe::{self, Error, Kernel, Tier};
+use crate::probe::{Error, Tier};
 use crate::process::identity::Process;
 use crate::process::memory::MemoryError;
 use crate::report::{self, Report, RuntimeReport, TierReason, When};
@@ -16,9 +17,7 @@ use crate::runtime::{self, Cache, Found, Kind, Refusal, Tasks};
 
 use attachment::{Attachment, Wanted};
 
-/// The kernel side, loaded once for all processes, by whoever holds this,
-/// while the first censuses are taken.
-pub type KernelSlot = Arc<OnceLock<Result<(Kernel, probe::Cost), Error>>>;
+pub use kernel_side::KernelSide;
 
 /// Weight in the budget of the threads of a process that has tasks of another
 /// runtime: their births and deaths alone are counted, which costs next to
@@ -70,7 +69,7 @@ impl From<&Error> for WatchError {
 /// A process under watch.
 pub struct Watch {
     process: Process,
-    kernel: KernelSlot,
+    kernel: Arc<KernelSide>,
     options: Options,
     started: Instant,
     /// When the last report was made.
@@ -99,7 +98,7 @@ impl Watch {
     pub fn open(
         process: Process,
         options: Options,
-        kernel: KernelSlot,
+        kernel: Arc<KernelSide>,
         cache: &Cache,
     ) -> Result<Watch, Refusal> {
         let mut runtimes = Vec::new();
@@ -110,8 +109,10 @@ impl Watch {
                 version: String::new(),
             };
             let state = match tasks {
-                Ok(tasks) => {
+                Ok(mut tasks) => {
                     runtime.version = tasks.version();
+                    let kernel = Arc::clone(&kernel);
+                    tasks.use_registers(Box::new(move |pid| kernel.registers(pid)));
                     Ok(Live {
                         tasks,
                         history: History::new(),

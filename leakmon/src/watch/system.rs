@@ -13,11 +13,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::leak::{History, Verdict};
+use crate::probe::ProcessEvent;
 use crate::process::discovery::{self, Filter, Glance, Incarnation};
 use crate::process::identity::Process;
 use crate::report::overview::{Overview, Row, RuntimeRow};
 use crate::runtime::{self, Cache, Found, Kind, Refusal, Tasks};
 use crate::task::merge;
+use crate::watch::KernelSide;
 
 /// Share of one core that the censuses of all processes may take.
 const SHARE: f64 = 0.012;
@@ -26,12 +28,14 @@ const SHARE: f64 = 0.012;
 const OPENERS: usize = 2;
 
 /// How the machine is watched.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Options {
     /// Which processes.
     pub filter: Filter,
     /// Look at what each thread does, too; otherwise they are counted.
     pub all_runtimes: bool,
+    /// What tells the registers of threads.
+    pub kernel: Arc<KernelSide>,
 }
 
 /// Every process that is wanted.
@@ -45,6 +49,9 @@ pub struct System {
     /// Processes that came and went since the first look.
     came: u64,
     went: u64,
+    /// The kernel tells of these; otherwise a look finds those that stay until
+    /// the next.
+    told: bool,
 }
 
 /// One process.
@@ -105,6 +112,34 @@ impl System {
             users: BTreeMap::new(),
             came: 0,
             went: 0,
+            told: false,
+        }
+    }
+
+    /// Takes in what the kernel tells of processes, instead of finding it out:
+    /// those that are gone go at once, and those that run another program are
+    /// looked into at once.
+    pub fn take(&mut self, events: &[ProcessEvent]) {
+        self.told = true;
+        let mut new = false;
+        for event in events {
+            match *event {
+                ProcessEvent::Fork(_) => self.came += 1,
+                ProcessEvent::Exit(pid) => {
+                    self.went += 1;
+                    self.entries.remove(&pid);
+                }
+                ProcessEvent::Exec(pid) => {
+                    self.entries.remove(&pid);
+                    if let Some(glance) = discovery::glance(pid) {
+                        self.entries.insert(pid, Entry::new(glance));
+                        new = true;
+                    }
+                }
+            }
+        }
+        if new {
+            self.open_new();
         }
     }
 
@@ -136,13 +171,15 @@ impl System {
                     let other = known.is_none_or(|known| {
                         known.incarnation.start_time != glance.incarnation.start_time
                     });
-                    self.came += u64::from(other && !first);
+                    self.came += u64::from(other && !first && !self.told);
                     Entry::new(glance.clone())
                 }
             };
             self.entries.insert(glance.pid, entry);
         }
-        self.went += before.len() as u64;
+        if !self.told {
+            self.went += before.len() as u64;
+        }
         Ok(())
     }
 
@@ -371,7 +408,9 @@ fn open(process: Process, options: &Options, cache: &Cache) -> Option<State> {
             continue;
         }
         let state = match tasks {
-            Ok(tasks) => {
+            Ok(mut tasks) => {
+                let kernel = Arc::clone(&options.kernel);
+                tasks.use_registers(Box::new(move |pid| kernel.registers(pid)));
                 let row = RuntimeRow {
                     name: kind.name(),
                     tasks: kind.tasks(),

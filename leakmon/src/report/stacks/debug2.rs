@@ -114,8 +114,16 @@ fn innermost(stack: &[Frame], out: &mut dyn io::Write) -> io::Result<()> {
 
 fn call(frame: &Frame, out: &mut dyn io::Write) -> io::Result<()> {
     writeln!(out, "{}(...)", name(frame))?;
-    write!(out, "\t{}:{}", safe(&frame.file), frame.line)?;
-    if !frame.inlined && frame.offset > 0 {
+    position(frame, !frame.inlined, out)
+}
+
+/// Where a call is: file and line, as far as they are known, and the offset.
+fn position(frame: &Frame, offset: bool, out: &mut dyn io::Write) -> io::Result<()> {
+    match (frame.file.is_empty(), frame.line) {
+        (true, _) => write!(out, "\t?")?,
+        (false, line) => write!(out, "\t{}:{line}", safe(&frame.file))?,
+    }
+    if offset && frame.offset > 0 {
         write!(out, " +{:#x}", frame.offset)?;
     }
     out.write_all(b"\n")
@@ -131,11 +139,8 @@ fn created_by(
     if let Some(parent) = parent.filter(|parent| *parent != 0) {
         write!(out, " in {noun} {parent}")?;
     }
-    write!(out, "\n\t{}:{}", safe(&creator.file), creator.line)?;
-    if creator.offset > 0 {
-        write!(out, " +{:#x}", creator.offset)?;
-    }
-    out.write_all(b"\n")
+    out.write_all(b"\n")?;
+    position(creator, true, out)
 }
 
 fn name(frame: &Frame) -> std::borrow::Cow<'_, str> {
