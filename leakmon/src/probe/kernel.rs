@@ -130,7 +130,7 @@ struct State {
     indices: Vec<Index>,
     epoch: u32,
     /// The kernel's types, read when they are first needed.
-    types: Option<Btf>,
+    types: Option<Types>,
     /// The kernel side knows where the kernel's structs have their fields.
     described: bool,
     offsets: Array<MapData, KernelOffsets>,
@@ -391,6 +391,77 @@ impl Kernel {
     }
 }
 
+/// Switches of leakmon's own threads that are counted by hand: the program is not
+/// attached, no other process pays for it.
+pub(super) struct Switches {
+    program: Arc<OwnedFd>,
+    attached: Attached,
+    watched: bool,
+}
+
+impl Kernel {
+    /// For calibration.
+    pub(super) fn switches(&self) -> Result<Switches, Error> {
+        let plan = Plan {
+            layout: Default::default(),
+            places: vec![Place::nowhere(Role::ThreadSwitch)],
+        };
+        let attached = self.attach(std::process::id(), &plan, Tier::Census)?;
+        let mut state = lock(&self.shared);
+        state.describe_kernel("tracepoints of threads")?;
+        let Kind::Tracepoint { function, .. } = Role::ThreadSwitch.program().kind else {
+            return Err(Error::Plan("switches have no tracepoint"));
+        };
+        let program = state.program(function, ProgramType::RawTracepoint)?;
+        drop(state);
+        Ok(Switches {
+            program,
+            attached,
+            watched: false,
+        })
+    }
+}
+
+impl Switches {
+    /// Whether leakmon's own process is watched.
+    pub(super) fn watch(&mut self, watched: bool) -> Result<(), Error> {
+        let attached = &mut self.attached;
+        let mut state = lock(&attached.shared);
+        let pid = attached.pid.get();
+        if watched && !self.watched {
+            let cookie = Cookie {
+                target: attached.index,
+                argument: 0,
+                epoch: attached.target.epoch,
+            };
+            attached.target.blocking_since = monotonic();
+            state.set_target(attached.index, attached.target)?;
+            state.watch(pid, cookie)?;
+        } else if !watched && self.watched {
+            state.unwatch(pid)?;
+        }
+        self.watched = watched;
+        Ok(())
+    }
+
+    /// This thread is taken from its CPU, as far as the program can see: `preempt`
+    /// is 0, the next thread none, the previous state `TASK_INTERRUPTIBLE`.
+    pub(super) fn run(&self) -> Result<(), Error> {
+        sys::run_tracepoint(self.program.as_fd(), &[0, 0, 0, 1]).map_err(|source| Error::Map {
+            what: "run a program",
+            source,
+        })
+    }
+}
+
+impl Drop for Switches {
+    fn drop(&mut self) {
+        if let Err(error) = self.watch(false) {
+            log::warn!("{error}");
+        }
+    }
+}
+
 /// Places attached to the program that does nothing, until dropped.
 #[must_use = "dropping it detaches"]
 pub struct Empty(Vec<Links>);
@@ -485,6 +556,52 @@ fn not_attached(
     })
 }
 
+/// What is needed of the kernel's types.
+struct Types {
+    /// BTF ids of [`FUNCTIONS`], as far as this kernel has them.
+    functions: HashMap<&'static str, u32>,
+    /// Or which field this kernel lacks.
+    offsets: Result<KernelOffsets, String>,
+}
+
+/// The kernel's functions that programs are of, or call.
+const FUNCTIONS: [&str; 3] = [
+    "bpf_iter_task",
+    "bpf_session_is_return",
+    "bpf_session_cookie",
+];
+
+impl Types {
+    fn of(btf: &Btf) -> Types {
+        Types {
+            functions: FUNCTIONS
+                .into_iter()
+                .filter_map(|name| Some((name, btf.function(name)?)))
+                .collect(),
+            offsets: Types::offsets(btf),
+        }
+    }
+
+    fn offsets(btf: &Btf) -> Result<KernelOffsets, String> {
+        let offset = |of: &str, member: &str| {
+            btf.offset(of, member)
+                .ok_or_else(|| format!("this kernel has no {of}.{member}"))
+        };
+        let offsets = KernelOffsets {
+            pid: offset("task_struct", "pid")?,
+            state: offset("task_struct", "__state").or_else(|_| offset("task_struct", "state"))?,
+            nvcsw: offset("task_struct", "nvcsw")?,
+            nivcsw: offset("task_struct", "nivcsw")?,
+            signal: offset("task_struct", "signal")?,
+            live: offset("signal_struct", "live")?,
+        };
+        if offset("task_struct", "tgid")? != offsets.pid + 4 {
+            return Err("task_struct.tgid is not behind pid".to_owned());
+        }
+        Ok(offsets)
+    }
+}
+
 impl State {
     /// Tells the kernel side where the kernel's own structs have their fields;
     /// once.
@@ -501,24 +618,7 @@ impl State {
                     .to_owned(),
             ));
         }
-        self.read_types(what)?;
-        let offset = |of: &str, member: &str| {
-            let types = self.types.as_ref();
-            types
-                .and_then(|types| types.offset(of, member))
-                .ok_or_else(|| unsupported(format!("this kernel has no {of}.{member}")))
-        };
-        let offsets = KernelOffsets {
-            pid: offset("task_struct", "pid")?,
-            state: offset("task_struct", "__state").or_else(|_| offset("task_struct", "state"))?,
-            nvcsw: offset("task_struct", "nvcsw")?,
-            nivcsw: offset("task_struct", "nivcsw")?,
-            signal: offset("task_struct", "signal")?,
-            live: offset("signal_struct", "live")?,
-        };
-        if offset("task_struct", "tgid")? != offsets.pid + 4 {
-            return Err(unsupported("task_struct.tgid is not behind pid".to_owned()));
-        }
+        let offsets = self.types(what)?.offsets.clone().map_err(unsupported)?;
         self.offsets
             .set(0, offsets, 0)
             .map_err(map_error("describe the kernel"))?;
@@ -526,21 +626,25 @@ impl State {
         Ok(())
     }
 
-    /// Reads the kernel's types, once.
-    fn read_types(&mut self, what: &'static str) -> Result<(), Error> {
-        if self.types.is_none() {
-            let unsupported = |why: String| Error::Unsupported { what, why };
-            let data = std::fs::read(BTF)
-                .map_err(|error| unsupported(format!("{BTF}: {error} (CONFIG_DEBUG_INFO_BTF)")))?;
-            let types = Btf::parse(data);
-            self.types = Some(types.ok_or_else(|| unsupported(format!("{BTF} is malformed")))?);
-        }
-        Ok(())
+    /// What is needed of the kernel's types, read once.
+    fn types(&mut self, what: &'static str) -> Result<&Types, Error> {
+        let types = match self.types.take() {
+            Some(types) => types,
+            None => {
+                let unsupported = |why: String| Error::Unsupported { what, why };
+                let data = std::fs::read(BTF).map_err(|error| {
+                    unsupported(format!("{BTF}: {error} (CONFIG_DEBUG_INFO_BTF)"))
+                })?;
+                let btf = Btf::parse(data);
+                Types::of(&btf.ok_or_else(|| unsupported(format!("{BTF} is malformed")))?)
+            }
+        };
+        Ok(self.types.insert(types))
     }
 
-    /// The BTF id of a function of the kernel.
-    fn function(&self, what: &'static str, name: &str) -> Result<u32, Error> {
-        let id = self.types.as_ref().and_then(|types| types.function(name));
+    /// The BTF id of a function of the kernel, one of [`FUNCTIONS`].
+    fn function(&mut self, what: &'static str, name: &'static str) -> Result<u32, Error> {
+        let id = self.types(what)?.functions.get(name).copied();
         id.ok_or_else(|| Error::Unsupported {
             what,
             why: format!("this kernel has no {name}"),
@@ -581,7 +685,6 @@ impl State {
             return program.clone();
         }
         let load = |state: &mut State| {
-            state.read_types(SESSIONS)?;
             let functions = [
                 (SESSION_IS_RETURN, "bpf_session_is_return"),
                 (SESSION_COOKIE, "bpf_session_cookie"),
