@@ -305,6 +305,7 @@ impl Kernel {
             roles: Role::all()
                 .filter(|&role| plan.places.iter().any(|place| place.role == role))
                 .collect(),
+            counted: false,
             tier: Tier::Census,
             links: Vec::new(),
         };
@@ -434,6 +435,7 @@ impl Switches {
                 argument: 0,
                 epoch: attached.target.epoch,
             };
+            attached.counted = true;
             attached.target.blocking_since = monotonic();
             state.set_target(attached.index, attached.target)?;
             state.watch(pid, cookie)?;
@@ -1096,6 +1098,8 @@ pub struct Attached {
     plan: Plan,
     /// The roles of the plan's places, in the order in which they are attached.
     roles: Vec<Role>,
+    /// Something was attached, so that there may be something in the maps.
+    counted: bool,
     tier: Tier,
     links: Vec<(Role, Vec<Links>)>,
 }
@@ -1131,6 +1135,7 @@ impl Attached {
         if self.tier == Tier::Census && self.has_tracepoints() {
             state.watch(self.pid.get(), cookie)?;
         }
+        self.counted = true;
         let mut added = Vec::new();
         for &role in &self.roles {
             if role.tier() <= self.tier || role.tier() > tier {
@@ -1422,7 +1427,11 @@ impl Drop for Attached {
         {
             log::warn!("process {}: {error}", self.pid);
         }
-        let cleared = state.clear(self.index);
+        let cleared = if self.counted {
+            state.clear(self.index)
+        } else {
+            state.set_target(self.index, Target::default())
+        };
         state.indices[usize::from(self.index)] = match cleared {
             Ok(()) => Index::Free,
             Err(error) => {
