@@ -321,7 +321,7 @@ pub fn load() -> Result<(Kernel, Cost), Error> {
     Ok((kernel, measured))
 }
 
-/// Measures what hits cost, in about 20 ms of CPU time. It attaches to leakmon's
+/// Measures what hits cost, in about 0.1 s. It attaches to leakmon's
 /// own process.
 ///
 /// # Errors

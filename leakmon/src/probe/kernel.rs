@@ -994,7 +994,9 @@ impl State {
     }
 
     /// Removes every entry of a target and frees its slots. Its links are gone.
-    fn clear(&mut self, target: u16) -> Result<(), Error> {
+    /// `roles` are those of its plan: a large map that none of them writes is not
+    /// searched.
+    fn clear(&mut self, target: u16, roles: &[Role]) -> Result<(), Error> {
         let error = |source| Error::Map {
             what: "remove a process from the maps",
             source,
@@ -1013,13 +1015,15 @@ impl State {
             .collect();
         sys::remove(self.sites.fd().as_fd(), &sites).map_err(error)?;
 
-        let parked: Vec<u64> = sys::entries::<u64, Parked>(self.parked.fd().as_fd(), 1)
-            .map_err(error)?
-            .into_iter()
-            .map(|(key, _)| key)
-            .filter(|&key| key >> 48 == parked_key(target, 0) >> 48)
-            .collect();
-        sys::remove(self.parked.fd().as_fd(), &parked).map_err(error)?;
+        if roles.contains(&Role::Park) || roles.contains(&Role::ParkUniversal) {
+            let parked: Vec<u64> = sys::entries::<u64, Parked>(self.parked.fd().as_fd(), 1)
+                .map_err(error)?
+                .into_iter()
+                .map(|(key, _)| key)
+                .filter(|&key| key >> 48 == parked_key(target, 0) >> 48)
+                .collect();
+            sys::remove(self.parked.fd().as_fd(), &parked).map_err(error)?;
+        }
 
         let (waits, slots): (Vec<WaitKey>, Vec<u32>) = self
             .waits()?
@@ -1033,12 +1037,14 @@ impl State {
             self.wait_counts.set(slot, zero, 0).map_err(&set)?;
             self.free_slots.push(slot, 0).map_err(&set)?;
         }
-        let tasks: Vec<u64> = self
-            .tasks(target)
-            .map_err(error)?
-            .map(|(key, _)| key)
-            .collect();
-        sys::remove(self.tasks.fd().as_fd(), &tasks).map_err(error)?;
+        if roles.contains(&Role::Poll) {
+            let tasks: Vec<u64> = self
+                .tasks(target)
+                .map_err(error)?
+                .map(|(key, _)| key)
+                .collect();
+            sys::remove(self.tasks.fd().as_fd(), &tasks).map_err(error)?;
+        }
         let threads: Vec<u32> = self
             .threads(target)
             .map_err(error)?
@@ -1428,7 +1434,7 @@ impl Drop for Attached {
             log::warn!("process {}: {error}", self.pid);
         }
         let cleared = if self.counted {
-            state.clear(self.index)
+            state.clear(self.index, &self.roles)
         } else {
             state.set_target(self.index, Target::default())
         };
