@@ -20,6 +20,9 @@ const INT: u32 = 1;
 const VAR: u32 = 14;
 const LAST_KIND: u32 = ENUM64;
 
+/// Functions that are kept: the kernel has tens of thousands.
+const FUNCTIONS: &str = "bpf_";
+
 /// Structs within structs that are followed, at most.
 const DEPTH: usize = 8;
 
@@ -94,8 +97,11 @@ impl Btf {
                     }
                 }
                 FUNC => {
-                    let name = btf.string(name)?.to_owned();
-                    btf.functions.entry(name).or_insert(id);
+                    let name = btf.string(name)?;
+                    if name.starts_with(FUNCTIONS) {
+                        let name = name.to_owned();
+                        btf.functions.entry(name).or_insert(id);
+                    }
                 }
                 _ => {}
             }
@@ -111,7 +117,7 @@ impl Btf {
         std::str::from_utf8(&rest[..length]).ok()
     }
 
-    /// The id of a function of the kernel.
+    /// The id of a function of the kernel whose name begins with [`FUNCTIONS`].
     pub(super) fn function(&self, name: &str) -> Option<u32> {
         self.functions.get(name).copied()
     }
@@ -152,9 +158,9 @@ fn word(data: &[u8], at: usize) -> Option<u32> {
 mod tests {
     use super::*;
 
-    /// `struct s { int a; struct { int b; long c : 3; }; }; void f();`
+    /// `struct s { int a; struct { int b; long c : 3; }; }; void bpf_f();`
     fn made_up() -> Vec<u8> {
-        let strings = b"\0s\0a\0b\0c\0f\0";
+        let strings = b"\0s\0a\0b\0c\0bpf_f\0";
         let (s, a, b, c, f) = (1, 3, 5, 7, 9);
         let types: &[u32] = &[
             // 1: an int
@@ -207,7 +213,7 @@ mod tests {
         assert_eq!(btf.offset("s", "c"), None);
         assert_eq!(btf.offset("s", "d"), None);
         assert_eq!(btf.offset("t", "a"), None);
-        assert_eq!(btf.function("f"), Some(4));
+        assert_eq!(btf.function("bpf_f"), Some(4));
     }
 
     #[test]

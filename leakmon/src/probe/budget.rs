@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use super::calibrate::Cost;
 use super::counts::Hits;
-use super::plan::Tier;
+use super::plan::{Role, Tier};
 use crate::task::Overhead;
 
 /// Share of one core that probes may always use, in percent.
@@ -226,11 +226,17 @@ impl Governor {
         }
         let seconds = time.as_secs_f64();
         let nanos = seconds * 1e9;
-        let difference = |now: u64, last: u64| now.saturating_sub(last) as f64;
-        let lifecycle_ns =
-            difference(now.hits.lifecycle(), last.hits.lifecycle()) * self.cost.lifecycle_ns * COLD;
-        let blocking_ns =
-            difference(now.hits.blocking(), last.hits.blocking()) * self.cost.blocking_ns * COLD;
+        let cost_of = |tier: Tier| -> f64 {
+            Role::all()
+                .filter(|role| role.tier() == tier)
+                .map(|role| {
+                    let hits = now.hits.of(role).saturating_sub(last.hits.of(role));
+                    hits as f64 * self.cost.of(role) * COLD
+                })
+                .sum()
+        };
+        let lifecycle_ns = cost_of(Tier::Lifecycle);
+        let blocking_ns = cost_of(Tier::Blocking);
         let cost_ns = lifecycle_ns + blocking_ns;
         let cpu_ns = now.cpu.saturating_sub(last.cpu).as_nanos() as f64;
 
@@ -443,12 +449,13 @@ pub fn cpu_time(pid: u32) -> io::Result<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::probe::Role;
 
     const COST: Cost = Cost {
         lifecycle_ns: 500.0 / COLD,
         blocking_ns: 600.0 / COLD,
         empty_ns: 450.0,
+        poll_ns: 1100.0,
+        switch_ns: 100.0,
     };
 
     /// A target that does what it does, and the governor over it.

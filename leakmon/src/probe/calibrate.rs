@@ -12,10 +12,11 @@ use std::arch::global_asm;
 use std::time::{Duration, Instant};
 
 use leakmon_common::go::{Layout, STARTPC_FROM_GOPC};
+use leakmon_common::tokio;
 
 use super::error::Error;
 use super::kernel::{Attached, Kernel, Way};
-use super::plan::{Code, Place, Plan, Role, Tier};
+use super::plan::{Code, Measured, Place, Plan, Role, Tier};
 use crate::binary::addr::FileOffset;
 
 /// Defines the function `$name(g, frame, rounds)`: it passes `$begin` and
@@ -146,6 +147,78 @@ calibration_loop!(
     leakmon_calibrate_blocking_end
 );
 
+// `leakmon_calibrate_polls(task, rounds)` calls `leakmon_calibrate_polled(task)`,
+// which begins with an instruction that the kernel emulates.
+#[cfg(target_arch = "x86_64")]
+global_asm!(
+    ".pushsection .text.leakmon_calibrate_polls, \"ax\", @progbits",
+    ".p2align 4",
+    ".globl leakmon_calibrate_polls",
+    ".hidden leakmon_calibrate_polls",
+    ".type leakmon_calibrate_polls, @function",
+    "leakmon_calibrate_polls:",
+    "push rbx",
+    "push r14",
+    "sub rsp, 8",
+    "mov rbx, rdi",
+    "mov r14, rsi",
+    "2:",
+    "mov rdi, rbx",
+    "call leakmon_calibrate_polled",
+    "dec r14",
+    "jnz 2b",
+    "add rsp, 8",
+    "pop r14",
+    "pop rbx",
+    "ret",
+    ".size leakmon_calibrate_polls, . - leakmon_calibrate_polls",
+    ".globl leakmon_calibrate_polled",
+    ".hidden leakmon_calibrate_polled",
+    ".type leakmon_calibrate_polled, @function",
+    "leakmon_calibrate_polled:",
+    "push rbp",
+    "pop rbp",
+    "ret",
+    ".size leakmon_calibrate_polled, . - leakmon_calibrate_polled",
+    ".popsection",
+);
+#[cfg(target_arch = "aarch64")]
+global_asm!(
+    ".pushsection .text.leakmon_calibrate_polls, \"ax\", @progbits",
+    ".p2align 4",
+    ".globl leakmon_calibrate_polls",
+    ".hidden leakmon_calibrate_polls",
+    ".type leakmon_calibrate_polls, @function",
+    "leakmon_calibrate_polls:",
+    "stp x29, x30, [sp, #-32]!",
+    "stp x19, x20, [sp, #16]",
+    "mov x19, x0",
+    "mov x20, x1",
+    "2:",
+    "mov x0, x19",
+    "bl leakmon_calibrate_polled",
+    "subs x20, x20, #1",
+    "b.ne 2b",
+    "ldp x19, x20, [sp, #16]",
+    "ldp x29, x30, [sp], #32",
+    "ret",
+    ".size leakmon_calibrate_polls, . - leakmon_calibrate_polls",
+    ".globl leakmon_calibrate_polled",
+    ".hidden leakmon_calibrate_polled",
+    ".type leakmon_calibrate_polled, @function",
+    "leakmon_calibrate_polled:",
+    "b 3f",
+    "3:",
+    "ret",
+    ".size leakmon_calibrate_polled, . - leakmon_calibrate_polled",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    fn leakmon_calibrate_polls(task: *const u64, rounds: u64);
+    static leakmon_calibrate_polled: u8;
+}
+
 /// One of the loops.
 #[derive(Clone, Copy)]
 struct Loop {
@@ -207,6 +280,24 @@ pub struct Cost {
     pub blocking_ns: f64,
     /// A hit of a program that does nothing.
     pub empty_ns: f64,
+    /// A poll of a tokio task: its call, its return and its idle time. Ten times
+    /// an empty hit where it cannot be measured, and hardly be attached.
+    pub poll_ns: f64,
+    /// A thread is taken from its CPU or put on one. As much as a hit of the tier
+    /// `blocking` where it cannot be measured.
+    pub switch_ns: f64,
+}
+
+impl Cost {
+    /// A hit of a role's program.
+    pub fn of(&self, role: Role) -> f64 {
+        match role.program().cost {
+            Measured::Lifecycle => self.lifecycle_ns,
+            Measured::Blocking => self.blocking_ns,
+            Measured::Poll => self.poll_ns,
+            Measured::Switch => self.switch_ns,
+        }
+    }
 }
 
 /// Loads the kernel side in the best way that is proven to work here, and says
@@ -230,7 +321,7 @@ pub fn load() -> Result<(Kernel, Cost), Error> {
     Ok((kernel, measured))
 }
 
-/// Measures what hits cost, in about 20 ms of CPU time. It attaches to leakmon's
+/// Measures what hits cost, in about 0.1 s. It attaches to leakmon's
 /// own process.
 ///
 /// # Errors
@@ -270,15 +361,96 @@ fn measure(kernel: &Kernel) -> Result<Cost, Error> {
     let waits = plan(blocking, Role::Park, Role::Resume)?;
     let waits = kernel.attach(pid, &waits, Tier::Blocking)?;
 
+    let empty_ns = (per_hit(empty) - bare).max(1.0);
+    let blocking_ns = (per_hit(blocking) - bare).max(1.0);
+    // No other runtime's figures hang on these.
+    let or = |measured: Result<f64, Error>, else_ns| {
+        measured.unwrap_or_else(|error| {
+            log::info!("{error}");
+            else_ns
+        })
+    };
     let cost = Cost {
         lifecycle_ns: (per_hit(lifecycle) - bare).max(1.0),
-        blocking_ns: (per_hit(blocking) - bare).max(1.0),
-        empty_ns: (per_hit(empty) - bare).max(1.0),
+        blocking_ns,
+        empty_ns,
+        poll_ns: or(measure_poll(kernel), 10.0 * empty_ns),
+        switch_ns: or(measure_switch(kernel), blocking_ns),
     };
     let verified = verify(&sites).and_then(|()| verify(&waits));
     // The kernel takes its time; nobody needs to wait for it.
     std::thread::spawn(move || drop((nothing, sites, waits)));
     verified.map(|()| cost)
+}
+
+/// The words of a made-up task: its state (one reference), its vtable's address
+/// and its id.
+const TASK: (usize, usize, usize) = (0, 2, 5);
+
+/// What a poll of a tokio task costs.
+fn measure_poll(kernel: &Kernel) -> Result<f64, Error> {
+    let polled = &raw const leakmon_calibrate_polled as u64;
+    let vtable = [polled];
+    let mut task = [0u64; 8];
+    task[TASK.0] = 1 << tokio::REFERENCES_SHIFT;
+    task[TASK.1] = vtable.as_ptr() as u64;
+    task[TASK.2] = 1;
+    let time = || {
+        median(|| {
+            // SAFETY: the loop keeps the callee-saved registers and writes nothing
+            // but its stack; the pointer is only passed on in a register.
+            unsafe { leakmon_calibrate_polls(task.as_ptr(), ROUNDS) }
+        }) / ROUNDS as f64
+    };
+    let bare = time();
+    let plan = Plan {
+        layout: tokio::Layout {
+            vtable: TASK.1 as u8,
+        }
+        .words(),
+        places: vec![
+            Place {
+                code: Code::Executable,
+                offset: own_offset(polled)?,
+                role: Role::Poll,
+                argument: TASK.2 as u16,
+            },
+            Place::nowhere(Role::Idle),
+        ],
+    };
+    let mut attached = kernel.attach(std::process::id(), &plan, Tier::Blocking)?;
+    attached.learned(&[])?;
+    let probed = time();
+    let counts = attached.read();
+    std::thread::spawn(move || drop(attached));
+    let rounds = ROUNDS * (MEASUREMENTS as u64 + 1);
+    let polls: Vec<u64> = counts?.tasks.iter().map(|task| task.polls).collect();
+    if polls != [rounds] {
+        return Err(Error::NotFiring(format!(
+            "{polls:?} polls where {rounds} were due in leakmon's own process"
+        )));
+    }
+    Ok((probed - bare).max(1.0))
+}
+
+/// What a switch of a thread costs: the program is run by hand, once for a process
+/// that is not watched and once for one that is.
+fn measure_switch(kernel: &Kernel) -> Result<f64, Error> {
+    let mut switches = kernel.switches()?;
+    let mut time = |watched| -> Result<f64, Error> {
+        switches.watch(watched)?;
+        let mut failed = None;
+        let nanos = median(|| {
+            for _ in 0..ROUNDS {
+                if let Err(error) = switches.run() {
+                    failed = Some(error);
+                }
+            }
+        });
+        failed.map_or(Ok(nanos / ROUNDS as f64), Err)
+    };
+    let bare = time(false)?;
+    Ok((time(true)? - bare).max(1.0))
 }
 
 /// The counts must be what [`per_hit`] did.
@@ -315,17 +487,26 @@ fn per_hit(loops: Loop) -> f64 {
     let mut frames = [[0u64; 2]; 2];
     frames[0] = [frames[1].as_ptr() as u64, 0x3000];
     frames[1] = [0, 0x4000];
-    let round = || {
-        let start = Instant::now();
+    let nanos = median(|| {
         // SAFETY: the loop keeps the callee-saved registers and writes nothing
         // but its stack; the pointers are only passed on in registers.
-        unsafe { (loops.run)(g.as_ptr(), frames[0].as_ptr(), ROUNDS) };
+        unsafe { (loops.run)(g.as_ptr(), frames[0].as_ptr(), ROUNDS) }
+    });
+    nanos / (2 * ROUNDS) as f64
+}
+
+/// Nanoseconds that `run` takes: the median of some measurements, after one to
+/// warm up.
+fn median(mut run: impl FnMut()) -> f64 {
+    let mut round = || {
+        let start = Instant::now();
+        run();
         start.elapsed()
     };
     round();
     let mut times: [Duration; MEASUREMENTS] = std::array::from_fn(|_| round());
     times.sort_unstable();
-    times[MEASUREMENTS / 2].as_nanos() as f64 / (2 * ROUNDS) as f64
+    times[MEASUREMENTS / 2].as_nanos() as f64
 }
 
 /// Where an address of leakmon's code lies in its executable.

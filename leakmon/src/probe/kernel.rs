@@ -130,7 +130,7 @@ struct State {
     indices: Vec<Index>,
     epoch: u32,
     /// The kernel's types, read when they are first needed.
-    types: Option<Btf>,
+    types: Option<Types>,
     /// The kernel side knows where the kernel's structs have their fields.
     described: bool,
     offsets: Array<MapData, KernelOffsets>,
@@ -305,6 +305,7 @@ impl Kernel {
             roles: Role::all()
                 .filter(|&role| plan.places.iter().any(|place| place.role == role))
                 .collect(),
+            counted: false,
             tier: Tier::Census,
             links: Vec::new(),
         };
@@ -387,6 +388,78 @@ impl Kernel {
                     why: source.to_string(),
                 }
             })),
+        }
+    }
+}
+
+/// Switches of leakmon's own threads that are counted by hand: the program is not
+/// attached, no other process pays for it.
+pub(super) struct Switches {
+    program: Arc<OwnedFd>,
+    attached: Attached,
+    watched: bool,
+}
+
+impl Kernel {
+    /// For calibration.
+    pub(super) fn switches(&self) -> Result<Switches, Error> {
+        let plan = Plan {
+            layout: Default::default(),
+            places: vec![Place::nowhere(Role::ThreadSwitch)],
+        };
+        let attached = self.attach(std::process::id(), &plan, Tier::Census)?;
+        let mut state = lock(&self.shared);
+        state.describe_kernel("tracepoints of threads")?;
+        let Kind::Tracepoint { function, .. } = Role::ThreadSwitch.program().kind else {
+            return Err(Error::Plan("switches have no tracepoint"));
+        };
+        let program = state.program(function, ProgramType::RawTracepoint)?;
+        drop(state);
+        Ok(Switches {
+            program,
+            attached,
+            watched: false,
+        })
+    }
+}
+
+impl Switches {
+    /// Whether leakmon's own process is watched.
+    pub(super) fn watch(&mut self, watched: bool) -> Result<(), Error> {
+        let attached = &mut self.attached;
+        let mut state = lock(&attached.shared);
+        let pid = attached.pid.get();
+        if watched && !self.watched {
+            let cookie = Cookie {
+                target: attached.index,
+                argument: 0,
+                epoch: attached.target.epoch,
+            };
+            attached.counted = true;
+            attached.target.blocking_since = monotonic();
+            state.set_target(attached.index, attached.target)?;
+            state.watch(pid, cookie)?;
+        } else if !watched && self.watched {
+            state.unwatch(pid)?;
+        }
+        self.watched = watched;
+        Ok(())
+    }
+
+    /// This thread is taken from its CPU, as far as the program can see: `preempt`
+    /// is 0, the next thread none, the previous state `TASK_INTERRUPTIBLE`.
+    pub(super) fn run(&self) -> Result<(), Error> {
+        sys::run_tracepoint(self.program.as_fd(), &[0, 0, 0, 1]).map_err(|source| Error::Map {
+            what: "run a program",
+            source,
+        })
+    }
+}
+
+impl Drop for Switches {
+    fn drop(&mut self) {
+        if let Err(error) = self.watch(false) {
+            log::warn!("{error}");
         }
     }
 }
@@ -485,6 +558,52 @@ fn not_attached(
     })
 }
 
+/// What is needed of the kernel's types.
+struct Types {
+    /// BTF ids of [`FUNCTIONS`], as far as this kernel has them.
+    functions: HashMap<&'static str, u32>,
+    /// Or which field this kernel lacks.
+    offsets: Result<KernelOffsets, String>,
+}
+
+/// The kernel's functions that programs are of, or call.
+const FUNCTIONS: [&str; 3] = [
+    "bpf_iter_task",
+    "bpf_session_is_return",
+    "bpf_session_cookie",
+];
+
+impl Types {
+    fn of(btf: &Btf) -> Types {
+        Types {
+            functions: FUNCTIONS
+                .into_iter()
+                .filter_map(|name| Some((name, btf.function(name)?)))
+                .collect(),
+            offsets: Types::offsets(btf),
+        }
+    }
+
+    fn offsets(btf: &Btf) -> Result<KernelOffsets, String> {
+        let offset = |of: &str, member: &str| {
+            btf.offset(of, member)
+                .ok_or_else(|| format!("this kernel has no {of}.{member}"))
+        };
+        let offsets = KernelOffsets {
+            pid: offset("task_struct", "pid")?,
+            state: offset("task_struct", "__state").or_else(|_| offset("task_struct", "state"))?,
+            nvcsw: offset("task_struct", "nvcsw")?,
+            nivcsw: offset("task_struct", "nivcsw")?,
+            signal: offset("task_struct", "signal")?,
+            live: offset("signal_struct", "live")?,
+        };
+        if offset("task_struct", "tgid")? != offsets.pid + 4 {
+            return Err("task_struct.tgid is not behind pid".to_owned());
+        }
+        Ok(offsets)
+    }
+}
+
 impl State {
     /// Tells the kernel side where the kernel's own structs have their fields;
     /// once.
@@ -501,24 +620,7 @@ impl State {
                     .to_owned(),
             ));
         }
-        self.read_types(what)?;
-        let offset = |of: &str, member: &str| {
-            let types = self.types.as_ref();
-            types
-                .and_then(|types| types.offset(of, member))
-                .ok_or_else(|| unsupported(format!("this kernel has no {of}.{member}")))
-        };
-        let offsets = KernelOffsets {
-            pid: offset("task_struct", "pid")?,
-            state: offset("task_struct", "__state").or_else(|_| offset("task_struct", "state"))?,
-            nvcsw: offset("task_struct", "nvcsw")?,
-            nivcsw: offset("task_struct", "nivcsw")?,
-            signal: offset("task_struct", "signal")?,
-            live: offset("signal_struct", "live")?,
-        };
-        if offset("task_struct", "tgid")? != offsets.pid + 4 {
-            return Err(unsupported("task_struct.tgid is not behind pid".to_owned()));
-        }
+        let offsets = self.types(what)?.offsets.clone().map_err(unsupported)?;
         self.offsets
             .set(0, offsets, 0)
             .map_err(map_error("describe the kernel"))?;
@@ -526,21 +628,25 @@ impl State {
         Ok(())
     }
 
-    /// Reads the kernel's types, once.
-    fn read_types(&mut self, what: &'static str) -> Result<(), Error> {
-        if self.types.is_none() {
-            let unsupported = |why: String| Error::Unsupported { what, why };
-            let data = std::fs::read(BTF)
-                .map_err(|error| unsupported(format!("{BTF}: {error} (CONFIG_DEBUG_INFO_BTF)")))?;
-            let types = Btf::parse(data);
-            self.types = Some(types.ok_or_else(|| unsupported(format!("{BTF} is malformed")))?);
-        }
-        Ok(())
+    /// What is needed of the kernel's types, read once.
+    fn types(&mut self, what: &'static str) -> Result<&Types, Error> {
+        let types = match self.types.take() {
+            Some(types) => types,
+            None => {
+                let unsupported = |why: String| Error::Unsupported { what, why };
+                let data = std::fs::read(BTF).map_err(|error| {
+                    unsupported(format!("{BTF}: {error} (CONFIG_DEBUG_INFO_BTF)"))
+                })?;
+                let btf = Btf::parse(data);
+                Types::of(&btf.ok_or_else(|| unsupported(format!("{BTF} is malformed")))?)
+            }
+        };
+        Ok(self.types.insert(types))
     }
 
-    /// The BTF id of a function of the kernel.
-    fn function(&self, what: &'static str, name: &str) -> Result<u32, Error> {
-        let id = self.types.as_ref().and_then(|types| types.function(name));
+    /// The BTF id of a function of the kernel, one of [`FUNCTIONS`].
+    fn function(&mut self, what: &'static str, name: &'static str) -> Result<u32, Error> {
+        let id = self.types(what)?.functions.get(name).copied();
         id.ok_or_else(|| Error::Unsupported {
             what,
             why: format!("this kernel has no {name}"),
@@ -581,7 +687,6 @@ impl State {
             return program.clone();
         }
         let load = |state: &mut State| {
-            state.read_types(SESSIONS)?;
             let functions = [
                 (SESSION_IS_RETURN, "bpf_session_is_return"),
                 (SESSION_COOKIE, "bpf_session_cookie"),
@@ -889,7 +994,9 @@ impl State {
     }
 
     /// Removes every entry of a target and frees its slots. Its links are gone.
-    fn clear(&mut self, target: u16) -> Result<(), Error> {
+    /// `roles` are those of its plan: a large map that none of them writes is not
+    /// searched.
+    fn clear(&mut self, target: u16, roles: &[Role]) -> Result<(), Error> {
         let error = |source| Error::Map {
             what: "remove a process from the maps",
             source,
@@ -908,13 +1015,15 @@ impl State {
             .collect();
         sys::remove(self.sites.fd().as_fd(), &sites).map_err(error)?;
 
-        let parked: Vec<u64> = sys::entries::<u64, Parked>(self.parked.fd().as_fd(), 1)
-            .map_err(error)?
-            .into_iter()
-            .map(|(key, _)| key)
-            .filter(|&key| key >> 48 == parked_key(target, 0) >> 48)
-            .collect();
-        sys::remove(self.parked.fd().as_fd(), &parked).map_err(error)?;
+        if roles.contains(&Role::Park) || roles.contains(&Role::ParkUniversal) {
+            let parked: Vec<u64> = sys::entries::<u64, Parked>(self.parked.fd().as_fd(), 1)
+                .map_err(error)?
+                .into_iter()
+                .map(|(key, _)| key)
+                .filter(|&key| key >> 48 == parked_key(target, 0) >> 48)
+                .collect();
+            sys::remove(self.parked.fd().as_fd(), &parked).map_err(error)?;
+        }
 
         let (waits, slots): (Vec<WaitKey>, Vec<u32>) = self
             .waits()?
@@ -928,12 +1037,14 @@ impl State {
             self.wait_counts.set(slot, zero, 0).map_err(&set)?;
             self.free_slots.push(slot, 0).map_err(&set)?;
         }
-        let tasks: Vec<u64> = self
-            .tasks(target)
-            .map_err(error)?
-            .map(|(key, _)| key)
-            .collect();
-        sys::remove(self.tasks.fd().as_fd(), &tasks).map_err(error)?;
+        if roles.contains(&Role::Poll) {
+            let tasks: Vec<u64> = self
+                .tasks(target)
+                .map_err(error)?
+                .map(|(key, _)| key)
+                .collect();
+            sys::remove(self.tasks.fd().as_fd(), &tasks).map_err(error)?;
+        }
         let threads: Vec<u32> = self
             .threads(target)
             .map_err(error)?
@@ -993,6 +1104,8 @@ pub struct Attached {
     plan: Plan,
     /// The roles of the plan's places, in the order in which they are attached.
     roles: Vec<Role>,
+    /// Something was attached, so that there may be something in the maps.
+    counted: bool,
     tier: Tier,
     links: Vec<(Role, Vec<Links>)>,
 }
@@ -1028,6 +1141,7 @@ impl Attached {
         if self.tier == Tier::Census && self.has_tracepoints() {
             state.watch(self.pid.get(), cookie)?;
         }
+        self.counted = true;
         let mut added = Vec::new();
         for &role in &self.roles {
             if role.tier() <= self.tier || role.tier() > tier {
@@ -1319,7 +1433,11 @@ impl Drop for Attached {
         {
             log::warn!("process {}: {error}", self.pid);
         }
-        let cleared = state.clear(self.index);
+        let cleared = if self.counted {
+            state.clear(self.index, &self.roles)
+        } else {
+            state.set_target(self.index, Target::default())
+        };
         state.indices[usize::from(self.index)] = match cleared {
             Ok(()) => Index::Free,
             Err(error) => {

@@ -84,6 +84,15 @@ pub(super) enum Kind {
     Nothing,
 }
 
+/// What was measured for a role's hits, see [`super::Cost`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Measured {
+    Lifecycle,
+    Blocking,
+    Poll,
+    Switch,
+}
+
 /// What the kernel side has for a role.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Program {
@@ -93,6 +102,8 @@ pub(super) struct Program {
     pub(super) slot: usize,
     /// The lowest tier in which it is attached.
     pub(super) tier: Tier,
+    /// Whose cost a hit has.
+    pub(super) cost: Measured,
     /// The word in messages.
     pub(super) name: &'static str,
 }
@@ -102,39 +113,40 @@ pub(super) struct Program {
 #[rustfmt::skip]
 pub(super) const PROGRAMS: [Program; 13] = {
     use Kind::{Call, Entry, Nothing, Tracepoint};
+    use Measured as Cost;
     use Tier::{Blocking, Lifecycle};
-    const fn program(role: Role, kind: Kind, slot: usize, tier: Tier, name: &'static str) -> Program {
-        Program { role, kind, slot, tier, name }
+    const fn program(role: Role, kind: Kind, slot: usize, tier: Tier, cost: Measured, name: &'static str) -> Program {
+        Program { role, kind, slot, tier, cost, name }
     }
     [
-        program(Role::Spawn, Entry("go_spawn"), go::SPAWN, Lifecycle, "spawn"),
-        program(Role::SpawnReturned, Entry("go_spawn_returned"), go::SPAWN_RETURNED, Lifecycle, "spawn (returned)"),
-        program(Role::Exit, Entry("go_exit"), go::EXIT, Lifecycle, "exit"),
-        program(Role::Park, Entry("go_park"), go::PARK, Blocking, "park"),
-        program(Role::Resume, Entry("go_resume"), go::RESUME, Blocking, "resume"),
-        program(Role::ParkUniversal, Entry("go_park_universal"), go::PARK_UNIVERSAL, Blocking, "park (universal)"),
-        program(Role::Ready, Entry("go_ready"), go::READY, Blocking, "ready"),
+        program(Role::Spawn, Entry("go_spawn"), go::SPAWN, Lifecycle, Cost::Lifecycle, "spawn"),
+        program(Role::SpawnReturned, Entry("go_spawn_returned"), go::SPAWN_RETURNED, Lifecycle, Cost::Lifecycle, "spawn (returned)"),
+        program(Role::Exit, Entry("go_exit"), go::EXIT, Lifecycle, Cost::Lifecycle, "exit"),
+        program(Role::Park, Entry("go_park"), go::PARK, Blocking, Cost::Blocking, "park"),
+        program(Role::Resume, Entry("go_resume"), go::RESUME, Blocking, Cost::Blocking, "resume"),
+        program(Role::ParkUniversal, Entry("go_park_universal"), go::PARK_UNIVERSAL, Blocking, Cost::Blocking, "park (universal)"),
+        program(Role::Ready, Entry("go_ready"), go::READY, Blocking, Cost::Blocking, "ready"),
         program(
             Role::Poll,
             Call { session: "tokio_poll_session", entry: "tokio_poll", returned: "tokio_poll_returned" },
-            tokio::POLL, Lifecycle, "poll",
+            tokio::POLL, Lifecycle, Cost::Poll, "poll",
         ),
-        program(Role::Idle, Nothing, tokio::IDLE, Blocking, "idle"),
-        program(Role::ThreadCreate, Entry("thread_create"), threads::CREATE, Lifecycle, "pthread_create"),
+        program(Role::Idle, Nothing, tokio::IDLE, Blocking, Cost::Poll, "idle"),
+        program(Role::ThreadCreate, Entry("thread_create"), threads::CREATE, Lifecycle, Cost::Lifecycle, "pthread_create"),
         program(
             Role::ThreadStart,
             Tracepoint { name: "task_newtask", function: "thread_start" },
-            threads::START, Lifecycle, "thread start",
+            threads::START, Lifecycle, Cost::Lifecycle, "thread start",
         ),
         program(
             Role::ThreadExit,
             Tracepoint { name: "sched_process_exit", function: "thread_exit" },
-            threads::EXIT, Lifecycle, "thread exit",
+            threads::EXIT, Lifecycle, Cost::Lifecycle, "thread exit",
         ),
         program(
             Role::ThreadSwitch,
             Tracepoint { name: "sched_switch", function: "thread_switch" },
-            threads::SWITCH, Blocking, "thread switch",
+            threads::SWITCH, Blocking, Cost::Switch, "thread switch",
         ),
     ]
 };

@@ -18,6 +18,7 @@ const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_ITER_CREATE: libc::c_long = 33;
 const BPF_PROG_TYPE_KPROBE: u32 = 2;
+const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_RAW_TRACEPOINT_OPEN: libc::c_long = 17;
 const BPF_PROG_TYPE_RAW_TRACEPOINT: u32 = 17;
 const BPF_PROG_TYPE_TRACING: u32 = 26;
@@ -291,6 +292,45 @@ pub(super) fn link_tracepoint(program: BorrowedFd<'_>, name: &str) -> io::Result
     };
     // SAFETY: a terminated string that outlives the call.
     unsafe { bpf(BPF_RAW_TRACEPOINT_OPEN, &mut attr) }.and_then(owned)
+}
+
+/// `bpf_attr` of `BPF_PROG_TEST_RUN`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct TestRun {
+    prog_fd: u32,
+    retval: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    ctx_size_in: u32,
+    ctx_size_out: u32,
+    ctx_in: u64,
+    ctx_out: u64,
+}
+
+/// Runs a program of a tracepoint once in this thread, with the tracepoint's
+/// arguments.
+pub(super) fn run_tracepoint(program: BorrowedFd<'_>, arguments: &[u64]) -> io::Result<()> {
+    let mut attr = TestRun {
+        prog_fd: raw(program),
+        retval: 0,
+        data_size_in: 0,
+        data_size_out: 0,
+        data_in: 0,
+        data_out: 0,
+        repeat: 0,
+        duration: 0,
+        ctx_size_in: u32::try_from(size_of_val(arguments)).map_err(io::Error::other)?,
+        ctx_size_out: 0,
+        ctx_in: arguments.as_ptr() as u64,
+        ctx_out: 0,
+    };
+    // SAFETY: `arguments` outlives the call and has its length.
+    unsafe { bpf(BPF_PROG_TEST_RUN, &mut attr) }.map(drop)
 }
 
 /// A file whose bytes are what the iterator `program` writes for the threads of

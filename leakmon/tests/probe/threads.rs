@@ -301,3 +301,52 @@ fn what_a_switch_costs() {
     let per_hit = (probed.as_nanos() as f64 - bare.as_nanos() as f64) / hits as f64;
     println!("{bare:?} bare, {probed:?} probed, {hits} hits, {per_hit:.0} ns a hit");
 }
+
+/// Kernel memory of the maps that a file descriptor of this process holds, in
+/// bytes.
+fn map_memory() -> u64 {
+    std::fs::read_dir("/proc/self/fdinfo")
+        .unwrap()
+        .filter_map(|entry| std::fs::read_to_string(entry.ok()?.path()).ok())
+        .filter(|info| info.contains("map_type:"))
+        .filter_map(|info| {
+            let line = info
+                .lines()
+                .find_map(|line| line.strip_prefix("memlock:"))?;
+            line.trim().parse::<u64>().ok()
+        })
+        .sum()
+}
+
+#[test]
+fn many_idle_targets_need_little_kernel_memory() {
+    let _alone = alone();
+    let kernel = Kernel::load().unwrap();
+    let mut children = Vec::new();
+    let mut attached = Vec::new();
+    let start = Instant::now();
+    let plan = Plan {
+        places: plan().places.split_off(1),
+        ..plan()
+    };
+    for _ in 0..500 {
+        let child = Blocked(Command::new("cat").stdin(Stdio::piped()).spawn().unwrap());
+        let pid = child.0.id();
+        children.push(child);
+        attached.push(kernel.attach(pid, &plan, Tier::Lifecycle).unwrap());
+        // The other runtimes' plans, with nothing attached.
+        attached.push(kernel.attach(pid, &plan, Tier::Census).unwrap());
+        attached.push(kernel.attach(pid, &plan, Tier::Census).unwrap());
+    }
+    let bytes = map_memory();
+    println!(
+        "1500 plans of 500 processes: {} KiB, attached in {:?}",
+        bytes / 1024,
+        start.elapsed()
+    );
+    assert!(bytes < 40 << 20, "{bytes}");
+    assert!(bytes > 1 << 20, "{bytes}");
+    let start = Instant::now();
+    drop(attached);
+    println!("detached in {:?}", start.elapsed());
+}
