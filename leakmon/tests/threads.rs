@@ -263,9 +263,9 @@ fn every_wait_of_the_zoo_and_none_wrong() {
                 "c-debug" => known("entry"),
                 "rust-debug" => {
                     known("reason");
-                    but_main("line");
+                    // Nor that of a closure within a function.
+                    assert!(unknown("line") <= 2, "{build}: {scores:#?}");
                 }
-                "rust-release" => known("reason"),
                 _ => {}
             }
         }

@@ -317,6 +317,7 @@ mod tests {
         let last = positions.last().unwrap();
         assert!(last.file.ends_with("symbols.rs"), "{last:?}");
         assert!(last.line > 0 && !last.inlined);
-        assert!(lines.positions(Vaddr(1)).is_empty());
+        // (Near 0 lies what the linker threw away.)
+        assert!(lines.positions(Vaddr(1 << 62)).is_empty());
     }
 }

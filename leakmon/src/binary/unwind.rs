@@ -426,9 +426,12 @@ pub fn step(
     if caller.ip == 0 {
         return Err(End::Top);
     }
-    // A stack only ever grows downwards; a leaf of AArch64 may have no frame.
-    let moved = caller.sp() > registers.sp()
-        || (caller.sp() == registers.sp() && caller.ip != registers.ip);
+    // A stack grows downwards, and x86-64's call leaves its return address
+    // there; a leaf of AArch64 may have no frame.
+    let leaf = registers.arch == Arch::Aarch64
+        && caller.sp() == registers.sp()
+        && caller.ip != registers.ip;
+    let moved = caller.sp() > registers.sp() || leaf;
     if !moved && !rule.signal {
         return Err(End::Damaged);
     }

@@ -235,7 +235,9 @@ type Groups = FxHashMap<(SiteId, State, Option<Arc<str>>, Option<StackId>), usiz
 /// [`MemoryError::Gone`].
 fn links(task: &Dir) -> Result<u64, MemoryError> {
     let links = fstat(task.as_fd()).map_err(gone)?.st_nlink;
-    match u64::from(links).saturating_sub(2) {
+    #[allow(clippy::useless_conversion, reason = "of 32 bits on AArch64")]
+    let links = u64::from(links);
+    match links.saturating_sub(2) {
         0 => Err(MemoryError::Gone),
         count => Ok(count),
     }
