@@ -366,8 +366,13 @@ impl<M: Memory> Census<M> {
         self.discover(&found)?;
         let mut lists = Vec::new();
         let owners = self.owners.clone();
-        for owner in &owners {
-            let list = self.walk(owner, &mut found)?;
+        for (index, owner) in owners.iter().enumerate() {
+            let mut list = self.walk(owner, &mut found)?;
+            if list.is_none() && owner.place.is_some() {
+                // Its place may have been another one, that looked like it.
+                self.owners[index].place = None;
+                list = self.walk_links(owner, &mut found)?;
+            }
             lists.extend(list);
         }
         let ids: FxHashSet<u64> = lists.iter().map(|list| list.id).collect();
@@ -581,7 +586,9 @@ impl<M: Memory> Census<M> {
     /// The tasks of a list that was not found itself: each has a neighbour on
     /// either side, or is at an end.
     fn walk_links(&self, owner: &Owner, found: &mut Found) -> Result<Option<List>, Refusal> {
-        let is_member = |cell: &Cell| cell.owner == owner.id && !cell.is(state::COMPLETE);
+        let is_member = |cell: &Cell| {
+            cell.owner == owner.id && cell.scheduler == owner.scheduler && !cell.is(state::COMPLETE)
+        };
         for _ in 0..MAX_STEPS {
             let unknown: Vec<u64> = found
                 .cells
@@ -612,12 +619,13 @@ impl<M: Memory> Census<M> {
             };
             back(cell.prev, |prev| prev.next) && back(cell.next, |next| next.prev)
         };
-        let members: Vec<u64> = found
+        let members: Vec<&Cell> = found
             .cells
             .values()
-            .filter(|cell| is_member(cell) && linked(cell))
-            .map(|cell| cell.addr)
+            .filter(|cell| is_member(cell))
             .collect();
+        let unstable = members.iter().filter(|cell| !linked(cell)).count() as u64;
+        let members: Vec<u64> = members.iter().map(|cell| cell.addr).collect();
         if members.is_empty() {
             return Ok(None);
         }
@@ -626,6 +634,7 @@ impl<M: Memory> Census<M> {
             tasks: members.len() as u64,
             counted: None,
         };
+        found.unstable += unstable;
         found.alive.extend(members);
         Ok(Some(list))
     }

@@ -209,12 +209,10 @@ pub(super) fn find<M: Memory>(
         if let Some(place) = sharded(reader, cell, &words, index)? {
             return Ok(Some(place));
         }
-        let ids = (index.saturating_sub(NEAR)..=index + 1 + NEAR)
-            .filter(|at| *at != index && *at != index + 1);
-        let Some(id) = ids
-            .into_iter()
-            .find(|at| words.get(*at) == Some(&cell.owner))
-        else {
+        // Behind it, or in front, but not among the counts of the Arc.
+        let behind = index + 2..index + 2 + NEAR;
+        let mut ids = behind.chain(index.saturating_sub(NEAR).max(2)..index);
+        let Some(id) = ids.find(|at| words.get(*at) == Some(&cell.owner)) else {
             continue;
         };
         let Some(tail) = words.get(index + 1).copied() else {
@@ -238,19 +236,22 @@ fn sharded<M: Memory>(
     words: &[u64],
     index: usize,
 ) -> Result<Option<Place>, MemoryError> {
-    // The order of the fields as every compiler so far has it.
-    let [slice, len, _added, count, mask, id] = match words.get(index..index + 6) {
-        Some(words) => [words[0], words[1], words[2], words[3], words[4], words[5]],
-        None => return Ok(None),
+    let [slice, len, rest @ ..] = words.get(index..).unwrap_or_default() else {
+        return Ok(None);
     };
-    let plausible = slice % 8 == 0
-        && len.is_power_of_two()
-        && len <= MAX_SHARDS
-        && mask == len - 1
-        && id == cell.owner;
-    if !plausible {
+    let (slice, len) = (*slice, *len);
+    if slice % 8 != 0 || !len.is_power_of_two() || len > MAX_SHARDS {
         return Ok(None);
     }
+    // The order of the fields as every compiler so far has it: how many were
+    // added from 1.39 on only.
+    let fields = [0, 1].into_iter().find(|added| {
+        rest.get(added + 1) == Some(&(len - 1)) && rest.get(added + 2) == Some(&cell.owner)
+    });
+    let Some(added) = fields else {
+        return Ok(None);
+    };
+    let count = rest[added];
     let addr = |index: usize| cell.scheduler + index as u64 * 8;
     for (stride, head) in SHAPES {
         let place = Place::Sharded {
@@ -259,8 +260,8 @@ fn sharded<M: Memory>(
             len,
             stride,
             head,
-            count: addr(index + 3),
-            id: addr(index + 5),
+            count: addr(index + 2 + added),
+            id: addr(index + 4 + added),
         };
         let Some(heads) = place.read(reader.memory, cell.owner)? else {
             continue;
