@@ -168,6 +168,7 @@ pub struct Found {
 #[derive(Debug, Default)]
 pub struct Cache {
     go: go::Cache,
+    tokio: tokio::Cache,
 }
 
 /// Opens every runtime of `process`, in the order of [`Kind::ALL`].
@@ -179,6 +180,7 @@ pub fn open(process: &Process, cache: &Cache) -> Vec<Found> {
         }
     };
     add(Kind::Go, go::open(process, &cache.go));
+    add(Kind::Tokio, tokio::open(process, &cache.tokio));
     add(Kind::Threads, threads::open(process));
     found
 }

@@ -126,6 +126,10 @@ pub mod state {
 /// build one of this size.
 pub const MAX_CELL: u64 = 16 << 20;
 
+/// Ids of lists are below: they are counted from 1, one for each runtime and
+/// `LocalSet` that was ever made.
+pub const MAX_OWNER: u64 = 1 << 40;
+
 /// Largest scheduler offset that is believed, in bytes: the header has 0x20 to
 /// 0x40, and its end is aligned as the future is.
 pub const MAX_SCHEDULER_OFFSET: u64 = 0x1000;

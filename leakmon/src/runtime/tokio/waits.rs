@@ -1,0 +1,16 @@
+//! What tasks wait for.
+
+use crate::task::{WaitClass, WaitKind};
+
+/// Judges what a task waits for.
+pub fn classify(reason: &str) -> WaitKind {
+    let (class, missing) = match reason {
+        "mpsc send" => (WaitClass::Hanging, "nobody received"),
+        "mutex" | "rwlock read" | "rwlock write" => (WaitClass::Lock, "nobody unlocked"),
+        _ => return WaitKind::default(),
+    };
+    WaitKind {
+        class,
+        missing: Some(missing),
+    }
+}

@@ -1,0 +1,230 @@
+//! The tasks that leakmon finds in running programs, against what tokio says of
+//! itself and what the programs know of their tasks.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::Running;
+use leakmon::process::identity::Process;
+use leakmon::process::memory::ProcessMemory;
+use leakmon::runtime::tokio::census::Census;
+use leakmon::runtime::tokio::{Cache, census};
+use leakmon::task::{Dump, State};
+
+/// Every `program` of `tokio-VERSION/CONFIGURATION`, with that as its name.
+fn programs(program: &str) -> Vec<(String, PathBuf)> {
+    let Some(root) = common::fixtures() else {
+        return Vec::new();
+    };
+    let mut found = Vec::new();
+    for version in fs::read_dir(root).unwrap().flatten() {
+        let name = version.file_name().into_string().unwrap();
+        if !name.starts_with("tokio-") {
+            continue;
+        }
+        for variant in fs::read_dir(version.path()).unwrap().flatten() {
+            let path = variant.path().join(program);
+            if path.exists() {
+                let variant = variant.file_name().into_string().unwrap();
+                found.push((format!("{name}/{variant}"), path));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn open(pid: u32) -> Census<ProcessMemory> {
+    let process = Process::open(pid).unwrap();
+    census(&process, &Cache::default())
+        .unwrap()
+        .expect("it has tokio")
+}
+
+/// One line of the zoo's own table.
+#[derive(Clone, Debug)]
+#[allow(dead_code)]
+struct Row {
+    runtime: String,
+    id: Option<u64>,
+    alive: bool,
+    held: bool,
+    name: String,
+    wait: String,
+    waits_at: String,
+    spawned_at: String,
+}
+
+fn rows(zoo: &mut Running) -> Vec<Row> {
+    let text = String::from_utf8(zoo.text("tasks")).unwrap();
+    let row = |line: &str| {
+        let fields: Vec<&str> = line.split('\t').collect();
+        Row {
+            runtime: fields[0].to_owned(),
+            id: fields[1].parse().ok(),
+            alive: fields[2] == "alive",
+            held: fields[3] == "held",
+            name: fields[4].to_owned(),
+            wait: fields[5].to_owned(),
+            waits_at: fields[6].to_owned(),
+            spawned_at: fields[7].to_owned(),
+        }
+    };
+    text.lines().map(row).collect()
+}
+
+/// `word multi=44 second=3`: the sum of the numbers.
+fn numbers(answer: &str) -> BTreeMap<String, u64> {
+    answer
+        .split(' ')
+        .filter_map(|word| word.split_once('='))
+        .map(|(key, number)| (key.to_owned(), number.parse().unwrap()))
+        .collect()
+}
+
+/// What must be found alive: the runtimes' tasks by tokio's own number, and
+/// those of the LocalSet.
+fn expected(zoo: &mut Running) -> u64 {
+    let alive: u64 = numbers(&zoo.ask("alive")).values().sum();
+    alive + numbers(&zoo.ask("count"))["local"]
+}
+
+#[test]
+fn every_task_of_the_zoo_is_found_and_no_other() {
+    for (name, path) in programs("zoo") {
+        let mut zoo = Running::start(&path);
+        let mut census = open(zoo.pid());
+        let expected = expected(&mut zoo);
+        let first = census.population().unwrap();
+        assert_eq!(first.count, expected, "{name}: {:?}", census.lists());
+        assert_eq!(first.unstable, 0, "{name}");
+        let second = census.population().unwrap();
+        assert_eq!(second.count, expected, "{name}");
+        let not_run: u64 = second.groups.iter().map(|group| group.not_run).sum();
+        println!(
+            "{name}: {} tasks, {} of tokio itself, {:?}, first {:?}, then {:?}, {not_run} not run, {:?}",
+            first.count,
+            first.system,
+            first.states,
+            first.took,
+            second.took,
+            census.lists()
+        );
+        assert_eq!(not_run, expected, "{name}");
+        let rows = rows(&mut zoo);
+        let dump = census.dump().unwrap();
+        same_tasks(&name, &rows, &dump);
+        for command in ["spawn 50", "free", "churn 5000"] {
+            zoo.ask(command);
+            agree(&name, &mut zoo, &mut census);
+        }
+    }
+}
+
+/// Holds the census against the zoo, which may not have come to rest.
+fn agree(name: &str, zoo: &mut Running, census: &mut Census<ProcessMemory>) {
+    let started = Instant::now();
+    loop {
+        let (expected, population) = (expected(zoo), census.population().unwrap());
+        if population.count == expected {
+            return;
+        }
+        assert!(
+            started.elapsed() < Duration::from_secs(3),
+            "{name}: {} tasks of {expected}, {:?}",
+            population.count,
+            census.lists()
+        );
+    }
+}
+
+/// Holds the dump against the zoo's own table.
+fn same_tasks(name: &str, rows: &[Row], dump: &Dump) {
+    // Before 1.23 tokio does not say where a task's id is.
+    let by_id: BTreeMap<u64, &leakmon::task::Task> =
+        dump.tasks.iter().map(|task| (task.id, task)).collect();
+    let in_lists = rows.iter().filter(|row| row.runtime != "blocking");
+    let alive = in_lists.clone().filter(|row| row.alive).count();
+    let complete = in_lists.filter(|row| !row.alive && row.held).count();
+    let of = |state| dump.tasks.iter().filter(|task| task.state == state).count();
+    assert_eq!(dump.tasks.len() - of(State::Complete), alive, "{name}");
+    assert_eq!(of(State::Complete), complete, "{name}");
+    if by_id.len() < dump.tasks.len() {
+        println!("{name}: ids are not known");
+        return;
+    }
+    for row in rows.iter().filter(|row| row.runtime != "blocking") {
+        let Some(id) = row.id else { continue };
+        let task = by_id.get(&id).unwrap_or_else(|| panic!("{name}: {row:?}"));
+        let held = task
+            .labels
+            .iter()
+            .any(|(key, value)| &**key == "handle" && &**value == "held");
+        assert_eq!(held, row.held, "{name}: {row:?}");
+        assert_eq!(task.state == State::Complete, !row.alive, "{name}: {row:?}");
+    }
+}
+
+#[test]
+fn a_hundred_thousand_tasks() {
+    for (name, path) in programs("manytasks") {
+        let mut many = Running::command(Command::new(&path).args(["-n", "100000"]));
+        let expected: u64 = numbers(&many.ask("alive")).values().sum();
+        let mut census = open(many.pid());
+        let first = census.population().unwrap();
+        assert_eq!(first.count, expected, "{name}: {:?}", census.lists());
+        let second = census.population().unwrap();
+        let third = census.population().unwrap();
+        assert_eq!(third.count, expected, "{name}");
+        println!(
+            "{name}: {expected} tasks, first {:?}, then {:?}, {:?}",
+            first.took, second.took, third.took
+        );
+        assert!(
+            third.took < Duration::from_secs(2),
+            "{name}: {:?}",
+            third.took
+        );
+    }
+}
+
+#[test]
+fn tasks_that_end_while_they_are_read_are_never_counted_wrong() {
+    for (name, path) in programs("zoo") {
+        let mut zoo = Running::start(&path);
+        let mut census = open(zoo.pid());
+        let resting = expected(&mut zoo);
+        zoo.tell("churn 200000");
+        let started = Instant::now();
+        let mut most = 0;
+        let mut censuses = 0;
+        let mut unstable = 0;
+        while started.elapsed() < Duration::from_millis(400) {
+            let population = census.population().unwrap();
+            // At most a thousand live at once.
+            assert!(
+                population.count <= resting + 1000,
+                "{name}: {}",
+                population.count
+            );
+            assert!(
+                population.count + population.unstable >= resting,
+                "{name}: {} and {} unstable of {resting}",
+                population.count,
+                population.unstable
+            );
+            most = most.max(population.count);
+            unstable += population.unstable;
+            censuses += 1;
+        }
+        println!("{name}: {censuses} censuses, at most {most} tasks, {unstable} unstable in all");
+        let answer = zoo.line();
+        assert!(answer.starts_with("churned"), "{answer}");
+        assert_eq!(census.population().unwrap().count, resting, "{name}");
+    }
+}
