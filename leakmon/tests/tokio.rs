@@ -158,6 +158,7 @@ fn same_tasks(name: &str, rows: &[Row], dump: &Dump) {
         println!("{name}: ids are not known");
         return;
     }
+    let (mut right, mut unknown, mut doubted) = (0, Vec::new(), 0);
     for row in rows.iter().filter(|row| row.runtime != "blocking") {
         let Some(id) = row.id else { continue };
         let task = by_id.get(&id).unwrap_or_else(|| panic!("{name}: {row:?}"));
@@ -167,7 +168,37 @@ fn same_tasks(name: &str, rows: &[Row], dump: &Dump) {
             .any(|(key, value)| &**key == "handle" && &**value == "held");
         assert_eq!(held, row.held, "{name}: {row:?}");
         assert_eq!(task.state == State::Complete, !row.alive, "{name}: {row:?}");
+        let site = &dump.sites[task.site.0 as usize];
+        let entry = site.entry.as_ref().unwrap();
+        let short = row.name.rsplit("::").next().unwrap();
+        let aliases: &[&str] = match short {
+            "hand_written" => &["HandWritten"],
+            "boxed_dyn" => &["dyn core::future"],
+            _ => &[],
+        };
+        if entry.function.contains(&format!("waits::{short}"))
+            || aliases.iter().any(|alias| entry.function.contains(alias))
+        {
+            right += 1;
+            doubted += u32::from(site.doubt.is_some());
+        } else if entry.function.starts_with("unnamed") {
+            unknown.push(short.to_owned());
+        } else if entry.function.starts_with("task at") {
+            // The function's line, which is not far in front of its wait's.
+            let (file, line) = row.waits_at.rsplit_once(':').unwrap();
+            let line: u32 = line.parse().unwrap();
+            let near = entry.line <= line + 3 && line <= entry.line + 12;
+            if entry.file.ends_with(file) && (near || line == 0) {
+                right += 1;
+                doubted += u32::from(site.doubt.is_some());
+            } else {
+                println!("WRONG {name}: {short} waits at {line} of {file} is {entry:?}");
+            }
+        } else {
+            println!("WRONG {name}: {short} is {entry:?} {:?}", site.doubt);
+        }
     }
+    println!("{name}: {right} names right, {doubted} of them doubted; unknown {unknown:?}");
 }
 
 #[test]

@@ -587,7 +587,9 @@ impl<M: Memory> Census<M> {
     /// either side, or is at an end.
     fn walk_links(&self, owner: &Owner, found: &mut Found) -> Result<Option<List>, Refusal> {
         let is_member = |cell: &Cell| {
-            cell.owner == owner.id && cell.scheduler == owner.scheduler && !cell.is(state::COMPLETE)
+            cell.owner == owner.id
+                && (self.program.layout != Layout::V23 || cell.scheduler == owner.scheduler)
+                && !cell.is(state::COMPLETE)
         };
         for _ in 0..MAX_STEPS {
             let unknown: Vec<u64> = found

@@ -197,6 +197,27 @@ fn word(bytes: &[u8]) -> u64 {
     bytes.try_into().map_or(0, u64::from_le_bytes)
 }
 
+/// The words of a program's data, as loading with bias 0 leaves them.
+pub(super) struct Constants(Vec<Block>);
+
+impl Constants {
+    /// The word at `addr`.
+    pub(super) fn word(&self, addr: Vaddr) -> Option<u64> {
+        self.0.iter().find_map(|block| {
+            let delta = addr.offset_from(block.addr)?;
+            let word = block.words.get(usize::try_from(delta / 8).ok()?)?;
+            (delta % 8 == 0).then_some(*word)
+        })
+    }
+}
+
+/// The data of `file`, relocated; nothing where it cannot be read.
+pub(super) fn constants<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Constants {
+    let mut data = data(elf, file).unwrap_or_default();
+    relocate(elf, file, &mut data);
+    Constants(data)
+}
+
 /// Tags of PT_DYNAMIC: elf.h, and the generic ABI for DT_RELR.
 mod dynamic {
     pub(super) const RELA: u64 = 7;
@@ -269,7 +290,7 @@ fn relocate<R: ReadAt + ?Sized>(elf: &Elf, file: &R, data: &mut [Block]) {
 /// when there is none.
 ///
 /// Linux Standard Base, chapter 10.6.2; the encodings are DWARF's.
-fn function_starts<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Vec<u64> {
+pub(super) fn function_starts<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Vec<u64> {
     /// DW_EH_PE_datarel | DW_EH_PE_sdata4: what every linker writes.
     const DATAREL_SDATA4: u8 = 0x3b;
     /// DW_EH_PE_udata4.
