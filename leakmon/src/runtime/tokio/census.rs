@@ -481,7 +481,7 @@ impl<M: Memory> Census<M> {
     /// Walks one list; `None` when it is no more.
     fn walk(&self, owner: &Owner, found: &mut Found) -> Result<Option<List>, Refusal> {
         let Some(place) = owner.place else {
-            return Ok(self.walk_links(owner, found)?);
+            return self.walk_links(owner, found);
         };
         let mut best: Option<(Vec<u64>, u64)> = None;
         for attempt in 0..RETRIES {

@@ -164,7 +164,7 @@ impl Place {
 pub(super) fn is_scheduler<M: Memory>(memory: &M, addr: u64) -> Result<bool, MemoryError> {
     /// Most references that are believed.
     const MOST: u64 = 1 << 32;
-    if addr % 8 != 0 {
+    if !addr.is_multiple_of(8) {
         return Ok(false);
     }
     match memory.bytes(RuntimeAddr(addr), 16) {
@@ -182,7 +182,7 @@ pub(super) fn find<M: Memory>(
     reader: &Reader<M>,
     cell: &Cell,
 ) -> Result<Option<Place>, MemoryError> {
-    if cell.scheduler % 8 != 0 || cell.scheduler == 0 {
+    if !cell.scheduler.is_multiple_of(8) || cell.scheduler == 0 {
         return Ok(None);
     }
     let mut bytes = Vec::new();

@@ -334,7 +334,7 @@ impl Code<'_> {
                         .is_some_and(|delta| delta < segment.file_size)
             })
         };
-        let aligned = self.elf.arch == Arch::X86_64 || addr % 4 == 0;
+        let aligned = self.elf.arch == Arch::X86_64 || addr.is_multiple_of(4);
         aligned
             && executable(addr)
             && (self.starts.is_empty() || self.starts.binary_search(&addr).is_ok())
@@ -475,7 +475,7 @@ impl References {
         let mut found = Vec::new();
         let mut left = MAX_CODE;
         let in_data = |addr: u64| {
-            addr % 8 == 0
+            addr.is_multiple_of(8)
                 && data.iter().any(|block| {
                     addr.checked_sub(block.addr.0)
                         .is_some_and(|delta| delta / 8 < block.words.len() as u64)
