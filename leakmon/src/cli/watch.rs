@@ -187,6 +187,8 @@ impl Watcher {
             once: args.once,
             max_overhead: args.max_overhead,
             all_runtimes: args.all_runtimes,
+            threads: true,
+            highest: Tier::Blocking,
         };
         let mut watch = Watch::open(process, options, kernel, &cache)?;
         let started = watch.started();

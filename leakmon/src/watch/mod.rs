@@ -36,6 +36,10 @@ pub struct Options {
     /// Watch the threads of a process that has tasks of another runtime as
     /// closely as these.
     pub all_runtimes: bool,
+    /// Look at what each thread does; otherwise threads are counted.
+    pub threads: bool,
+    /// The highest tier that is attached, where the budget decides.
+    pub highest: Tier,
 }
 
 /// Why a process cannot be watched as was asked for.
@@ -103,6 +107,9 @@ impl Watch {
     ) -> Result<Watch, Refusal> {
         let mut runtimes = Vec::new();
         for Found { kind, tasks } in runtime::open(&process, cache) {
+            if kind == Kind::Threads && !options.threads {
+                continue;
+            }
             let mut runtime = report::Runtime {
                 name: kind.name(),
                 tasks: kind.tasks(),
@@ -146,6 +153,11 @@ impl Watch {
     /// When the watch began.
     pub fn started(&self) -> Instant {
         self.started
+    }
+
+    /// Whether there is nothing to be read.
+    pub fn is_empty(&self) -> bool {
+        self.runtimes.is_empty()
     }
 
     /// Whether a runtime was found whose tasks cannot be read.
@@ -243,8 +255,8 @@ impl Watch {
         let all: f64 = live.iter().map(|(_, weight)| weight).sum();
         for (live, weight) in &mut live {
             let highest = match *weight {
-                LIGHT => Tier::Lifecycle,
-                _ => Tier::Blocking,
+                LIGHT => Tier::Lifecycle.min(self.options.highest),
+                _ => self.options.highest,
             };
             let wanted = Wanted {
                 fixed: self.options.tier.map(|tier| tier.min(highest)),

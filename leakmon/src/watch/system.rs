@@ -12,14 +12,15 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::leak::{History, Verdict};
 use crate::probe::ProcessEvent;
 use crate::process::discovery::{self, Filter, Glance, Incarnation};
 use crate::process::identity::Process;
 use crate::report::overview::{Overview, Row, RuntimeRow};
-use crate::runtime::{self, Cache, Found, Kind, Refusal, Tasks};
-use crate::task::merge;
-use crate::watch::KernelSide;
+use crate::report::{Report, RuntimeReport};
+use crate::runtime::{Cache, Refusal};
+use crate::task::Tier;
+
+use super::{KernelSide, Watch};
 
 /// Share of one core that the censuses of all processes may take.
 const SHARE: f64 = 0.012;
@@ -81,24 +82,14 @@ enum State {
 }
 
 struct Open {
-    process: Process,
-    runtimes: Vec<Opened>,
+    watch: Watch,
     /// When it was read last, and how long that took.
     read_at: Option<Instant>,
     took: Duration,
-}
-
-struct Opened {
-    kind: Kind,
-    state: Result<Reading, String>,
-}
-
-struct Reading {
-    tasks: Box<dyn Tasks>,
-    history: History,
-    first: Option<(Instant, u64)>,
-    row: RuntimeRow,
-    verdict: Option<Verdict>,
+    /// What was read last.
+    report: Option<Report>,
+    /// Live tasks when each runtime was first read, and when that was.
+    first: BTreeMap<&'static str, (Instant, u64)>,
 }
 
 impl System {
@@ -252,7 +243,7 @@ impl System {
             let due = open
                 .read_at
                 .is_none_or(|at| at.elapsed() + interval / 2 >= period);
-            if due && let Err(refusal) = open.read(self.started) {
+            if due && let Err(refusal) = open.read() {
                 match refusal.ends_the_watch() {
                     // It is gone, or runs another program: the next look tells.
                     true => entry.wanted = false,
@@ -295,22 +286,7 @@ impl System {
                     if let Some(at) = open.read_at {
                         read_every = read_every.max(at.elapsed());
                     }
-                    for opened in &open.runtimes {
-                        match &opened.state {
-                            Ok(reading) => {
-                                row.runtimes.push(reading.row.clone());
-                                let verdict = reading.verdict.as_ref();
-                                if verdict.map(|verdict| verdict.kind)
-                                    > row.verdict.as_ref().map(|verdict| verdict.kind)
-                                {
-                                    row.verdict = verdict.cloned();
-                                }
-                            }
-                            Err(why) => {
-                                row.not_read = Some(format!("{}: {why}", opened.kind.tasks()));
-                            }
-                        }
-                    }
+                    open.describe(&mut row);
                 }
             }
             rows.push(row);
@@ -387,7 +363,7 @@ impl Opening {
         let command = identity.command_line.join(" ");
         let state = match wanted {
             false => State::Plain,
-            true => open(process, options, cache)?,
+            true => open(process, options, cache),
         };
         Some(Opening {
             wanted,
@@ -400,92 +376,83 @@ impl Opening {
     }
 }
 
-/// Opens the runtimes of a process; `None` when it is gone.
-fn open(process: Process, options: &Options, cache: &Cache) -> Option<State> {
-    let mut runtimes = Vec::new();
-    for Found { kind, tasks } in runtime::open(&process, cache) {
-        if kind == Kind::Threads && !options.all_runtimes {
-            continue;
-        }
-        let state = match tasks {
-            Ok(mut tasks) => {
-                let kernel = Arc::clone(&options.kernel);
-                tasks.use_registers(Box::new(move |pid| kernel.registers(pid)));
-                let row = RuntimeRow {
-                    name: kind.name(),
-                    tasks: kind.tasks(),
-                    version: tasks.version(),
-                    ..RuntimeRow::default()
-                };
-                let reading = Reading {
-                    tasks,
-                    history: History::new(),
-                    first: None,
-                    row,
-                    verdict: None,
-                };
-                Ok(reading)
-            }
-            Err(Refusal::Memory(error)) => return Some(State::Closed(error.to_string())),
-            Err(refusal) => Err(refusal.to_string()),
-        };
-        runtimes.push(Opened { kind, state });
-    }
-    Some(match runtimes.is_empty() {
-        true => State::Plain,
-        false => State::Open(Box::new(Open {
-            process,
-            runtimes,
+/// Begins to watch a process, by its census alone.
+fn open(process: Process, options: &Options, cache: &Cache) -> State {
+    let options_of_watch = super::Options {
+        tier: Some(Tier::Census),
+        once: false,
+        max_overhead: 0.0,
+        all_runtimes: options.all_runtimes,
+        threads: options.all_runtimes,
+        highest: Tier::Census,
+    };
+    let kernel = Arc::clone(&options.kernel);
+    match Watch::open(process, options_of_watch, kernel, cache) {
+        Ok(watch) if watch.is_empty() => State::Plain,
+        Ok(watch) => State::Open(Box::new(Open {
+            watch,
             read_at: None,
             took: Duration::ZERO,
+            report: None,
+            first: BTreeMap::new(),
         })),
-    })
+        Err(refusal) => State::Closed(refusal.to_string()),
+    }
 }
 
 impl Open {
     /// A census of every runtime.
-    fn read(&mut self, started: Instant) -> Result<(), Refusal> {
+    fn read(&mut self) -> Result<(), Refusal> {
         let now = Instant::now();
-        for opened in &mut self.runtimes {
-            let Ok(reading) = &mut opened.state else {
-                continue;
-            };
-            match reading.read(now, started) {
-                Ok(()) => {}
-                Err(refusal) if refusal.ends_the_watch() => return Err(refusal),
-                Err(refusal) => opened.state = Err(refusal.to_string()),
-            }
-        }
-        self.process.still_runs()?;
+        let report = self.watch.observe()?;
         self.read_at = Some(now);
         self.took = now.elapsed();
-        Ok(())
-    }
-}
-
-impl Reading {
-    fn read(&mut self, now: Instant, started: Instant) -> Result<(), Refusal> {
-        let population = self.tasks.population(None)?;
-        let sites = merge(&population, None, self.tasks.classify());
-        self.history.observe(now.duration_since(started), &sites);
-        self.verdict = None;
-        for site in &sites {
-            let verdict = self.history.judge(site);
-            if verdict.as_ref().map(|verdict| verdict.kind)
-                > self.verdict.as_ref().map(|verdict| verdict.kind)
-            {
-                self.verdict = verdict;
+        for RuntimeReport { runtime, tasks } in &report.runtimes {
+            if let Ok(tasks) = tasks {
+                self.first.entry(runtime.name).or_insert((now, tasks.count));
             }
         }
-        let (first_at, first) = *self.first.get_or_insert((now, population.count));
-        let minutes = now.duration_since(first_at).as_secs_f64() / 60.0;
-        let row = &mut self.row;
-        row.live = population.count;
-        row.blocked = sites.iter().map(|site| site.blocked).sum();
-        row.oldest = sites.iter().filter_map(|site| site.oldest).max();
-        row.per_minute =
-            (minutes > 0.0).then(|| (population.count as f64 - first as f64) / minutes);
-        row.deadlocks = population.cycles.len() as u64;
+        self.report = Some(report);
         Ok(())
+    }
+
+    /// Puts what was read into the process's row.
+    fn describe(&self, row: &mut Row) {
+        let runtimes = self.report.iter().flat_map(|report| &report.runtimes);
+        for RuntimeReport { runtime, tasks } in runtimes {
+            let tasks = match tasks {
+                Ok(tasks) => tasks,
+                Err(why) => {
+                    row.not_read = Some(format!("{}: {why}", runtime.tasks));
+                    continue;
+                }
+            };
+            let since = self.first.get(runtime.name).zip(self.read_at);
+            let per_minute = since.and_then(|((first_at, first), read_at)| {
+                let minutes = read_at.duration_since(*first_at).as_secs_f64() / 60.0;
+                (minutes > 0.0).then(|| (tasks.count as f64 - *first as f64) / minutes)
+            });
+            let sites = || tasks.sites.iter().map(|site| &site.state);
+            row.runtimes.push(RuntimeRow {
+                name: runtime.name,
+                tasks: runtime.tasks,
+                version: runtime.version.clone(),
+                live: tasks.count,
+                blocked: sites().map(|site| site.blocked).sum(),
+                oldest: sites().filter_map(|site| site.oldest).max(),
+                per_minute,
+                deadlocks: tasks.cycles.len() as u64,
+            });
+            let verdicts = tasks.suspects().filter_map(|site| site.verdict.as_ref());
+            for verdict in verdicts {
+                if row
+                    .verdict
+                    .as_ref()
+                    .is_none_or(|known| known.kind < verdict.kind)
+                {
+                    row.verdict = Some(verdict.clone());
+                }
+            }
+        }
     }
 }
