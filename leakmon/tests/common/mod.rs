@@ -9,7 +9,7 @@
 #![allow(dead_code)]
 
 use std::ffi::OsStr;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
@@ -110,11 +110,17 @@ pub(crate) struct Owned(pub(crate) Child);
 impl Owned {
     /// Starts it.
     pub(crate) fn spawn(command: &mut Command) -> Owned {
-        Owned(
-            command
-                .spawn()
-                .unwrap_or_else(|error| panic!("{command:?}: {error}")),
-        )
+        loop {
+            match command.spawn() {
+                Ok(child) => return Owned(child),
+                // A program that was just written, and that another test's child
+                // has open until its own exec.
+                Err(error) if error.kind() == ErrorKind::ExecutableFileBusy => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(error) => panic!("{command:?}: {error}"),
+            }
+        }
     }
 
     /// Its pid.
