@@ -239,7 +239,10 @@ fn exit(ctx: &RawTracePointContext) -> Option<()> {
         let _ = THREADS.remove(tid);
     }
     let _ = CREATING.remove(current);
-    hit.count(ctx, site, End::Exited);
+    // A process's first thread stays, as a zombie, until the last has ended.
+    if tid != (current >> 32) as u32 {
+        hit.count(ctx, site, End::Exited);
+    }
     Some(())
 }
 

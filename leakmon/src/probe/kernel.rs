@@ -21,7 +21,7 @@ use leakmon_common::{
 
 use super::btf::Btf;
 use super::counts::{
-    Counts, CreationStack, Drops, Hits, KnownTask, TaskRun, ThreadRun, WaitCounts,
+    Counts, CreationStack, Drops, Hits, KnownTask, KnownThread, TaskRun, ThreadRun, WaitCounts,
 };
 use super::error::{Error, errno};
 use super::events::ProcessEvents;
@@ -1358,6 +1358,33 @@ impl Attached {
                 bytes: copy.bytes[..(copy.length as usize).min(copy.bytes.len())].to_vec(),
             })
             .collect())
+    }
+
+    /// Says by which sites the threads are to be counted that are there before
+    /// anything is attached. One that is not named, or that was made since, is
+    /// counted by no site.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn know_threads(&mut self, known: &[KnownThread]) -> Result<(), Error> {
+        self.counted |= !known.is_empty();
+        let state = lock(&self.shared);
+        for thread in known {
+            let entry = ThreadEntry {
+                site: thread.site,
+                slot: NO_SLOT,
+                target: u64::from(self.index),
+                ..ThreadEntry::default()
+            };
+            sys::insert(state.threads.fd().as_fd(), &thread.tid, &entry).map_err(|source| {
+                Error::Map {
+                    what: "remember the threads",
+                    source,
+                }
+            })?;
+        }
+        Ok(())
     }
 
     /// Whether [`Attached::learned`] is waited for.
