@@ -239,10 +239,7 @@ fn exit(ctx: &RawTracePointContext) -> Option<()> {
         let _ = THREADS.remove(tid);
     }
     let _ = CREATING.remove(current);
-    // A process's first thread stays, as a zombie, until the last has ended.
-    if tid != (current >> 32) as u32 {
-        hit.count(ctx, site, End::Exited);
-    }
+    hit.count(ctx, site, End::Exited);
     Some(())
 }
 

@@ -609,10 +609,9 @@ impl Census {
                 self.rest(&mut thread, registers, mapped);
             }
             let after = self.meter(tid).ok()?;
-            if stat.exiting && tid != self.pid || after == Meter(0, 0) {
+            if stat.exiting || after == Meter(0, 0) {
                 // On its way out or in: nobody can say whether it is counted
-                // among those that have ended or were made. (A first thread stays
-                // until the last has ended.)
+                // among those that have ended or were made.
                 thread.unstable = true;
                 thread.meter = after;
                 return Some(thread);
