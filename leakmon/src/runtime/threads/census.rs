@@ -1218,17 +1218,15 @@ impl Clocks {
     }
 
     /// Whether a thread with this start time (CLOCK_BOOTTIME, in ticks, rounded
-    /// down) is the one whose birth was seen then (CLOCK_MONOTONIC nanoseconds),
-    /// and not another that had its id.
+    /// down) is the one that was made then (CLOCK_MONOTONIC nanoseconds), and not
+    /// another that had its id. The kernel reads both clocks as it makes it
+    /// (`copy_process`, kernel/fork.c).
     fn is_birth(&self, born: u64, start_time: u64) -> bool {
-        /// The kernel looks at its clock, makes the thread, and then tells of it;
-        /// it may be held up in between.
-        const LATE: u64 = 100_000_000;
+        /// Between two readings, there and here; it may be held up.
+        const SLACK: u64 = 2_000_000;
         let started = start_time.saturating_mul(self.tick);
         let born = born.saturating_add(self.ahead);
-        // The clocks are read one after the other.
-        let early = self.tick;
-        (started.saturating_sub(early)..started.saturating_add(self.tick + LATE)).contains(&born)
+        (started.saturating_sub(SLACK)..started.saturating_add(self.tick + SLACK)).contains(&born)
     }
 }
 
@@ -1387,10 +1385,10 @@ mod tests {
         // It began in the tick from 7 s on of CLOCK_BOOTTIME.
         for (born, same) in [
             (2_000_000_000, true),
-            (2_009_000_000, true),
-            (2_050_000_000, true),
-            (1_900_000_000, false),
-            (2_500_000_000, false),
+            (2_009_999_999, true),
+            (2_011_000_000, true),
+            (1_990_000_000, false),
+            (2_020_000_000, false),
         ] {
             assert_eq!(clocks.is_birth(born, 700), same, "{born}");
         }
