@@ -626,6 +626,38 @@ fn no_drift(seconds: u64, tier: &str) {
     watch.stop();
 }
 
+/// A census that finds a thread on its way in or out does not take it for a
+/// difference.
+#[test]
+fn threads_on_their_way_are_no_difference() {
+    for build in ["c-release", "c-static"] {
+        let Some(path) = zoo(build) else {
+            continue;
+        };
+        let mut target = Running::start(&path);
+        let pid = target.pid();
+        let watch = Watch::start(&[pid], &["--interval", "10ms", "--tier", "lifecycle"]);
+        let total = 15_000;
+        target.tell(&format!("churn {total} 3000"));
+        let (mut reports, mut unsure) = (0, 0);
+        loop {
+            let report = watch.report();
+            let probes = &threads(&report)["probes"];
+            let difference = probes["census_difference"].as_i64().expect("a difference");
+            let uncertainty = probes["census_uncertainty"].as_i64();
+            let uncertainty = uncertainty.expect("an uncertainty");
+            assert!(difference.abs() <= uncertainty, "{build}: {probes:#}");
+            reports += 1;
+            unsure += u64::from(uncertainty > 0);
+            if probes["exited"] == total {
+                break;
+            }
+        }
+        eprintln!("{build}: {reports} reports, {unsure} with an uncertainty");
+        watch.stop();
+    }
+}
+
 #[test]
 fn counts_do_not_drift() {
     no_drift(7, "blocking");
