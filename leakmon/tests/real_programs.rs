@@ -32,8 +32,9 @@ fn address() -> String {
     listener.local_addr().expect("an address").to_string()
 }
 
-/// Starts a program with its home in `home`, and connects to it.
-fn start(command: &mut Command, home: &Path, address: &str) -> (Owned, Connection) {
+/// Starts a program with its home in `home`, waits until it listens at each of
+/// `addresses`, and connects to the first.
+fn start(command: &mut Command, home: &Path, addresses: &[&str]) -> (Owned, Connection) {
     let command = command
         .current_dir(home)
         .env("HOME", home)
@@ -43,12 +44,11 @@ fn start(command: &mut Command, home: &Path, address: &str) -> (Owned, Connectio
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     let target = Owned::spawn(command);
-    let mut connection = None;
-    common::wait_until("it listens", || {
-        connection = Connection::open(address).ok();
-        connection.is_some()
-    });
-    (target, connection.expect("a connection"))
+    for address in addresses {
+        common::wait_until("it listens", || Connection::open(address).is_ok());
+    }
+    let connection = Connection::open(addresses[0]).expect("a connection");
+    (target, connection)
 }
 
 /// What a program says of itself, without what the question brought with it.
@@ -154,7 +154,7 @@ fn node_exporter() {
     let address = address();
     let mut command = Command::new(program);
     command.arg(format!("--web.listen-address={address}"));
-    let (target, mut connection) = start(&mut command, home.path(), &address);
+    let (target, mut connection) = start(&mut command, home.path(), &[&address]);
     compare("prometheus-node-exporter", &target, &mut connection);
 }
 
@@ -175,7 +175,7 @@ fn etcd() {
     command.args(["--listen-peer-urls", &peer_url]);
     command.args(["--initial-advertise-peer-urls", &peer_url]);
     command.args(["--initial-cluster", &format!("default={peer_url}")]);
-    let (target, mut connection) = start(&mut command, home.path(), &client);
+    let (target, mut connection) = start(&mut command, home.path(), &[&client]);
     compare("etcd", &target, &mut connection);
 }
 
@@ -197,6 +197,7 @@ fn caddy() {
     std::fs::write(&file, config.to_string()).expect("a configuration");
     let mut command = Command::new(program);
     command.args(["run", "--config"]).arg(file);
-    let (target, mut connection) = start(&mut command, home.path(), &admin);
+    // It listens for its administrator before it is told how, and then anew.
+    let (target, mut connection) = start(&mut command, home.path(), &[&admin, &site]);
     compare("caddy", &target, &mut connection);
 }

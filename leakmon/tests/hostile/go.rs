@@ -1,26 +1,14 @@
-//! Programs that lie: mutated executables and memories give an answer or a
-//! refusal, never a panic, a hang or an allocation without bounds.
-//!
-//! The originals are real programs and what their memory held when they were
-//! stopped. `LEAKMON_HOSTILE_SEED` repeats a single mutation.
+//! Goroutines.
 
-mod common;
-
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::fs::File;
-use std::io::Write as _;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::atomic::Ordering;
+use std::time::{Instant, SystemTime};
 
-use common::{Fixture, Running, fixture, state, wait_until};
-use leakmon::binary::addr::{FileOffset, LoadBias, RuntimeAddr, Vaddr};
-use leakmon::binary::elf::{Elf, ReadAt};
+use leakmon::binary::addr::{LoadBias, RuntimeAddr};
+use leakmon::binary::elf::{Elf, ReadAt as _};
 use leakmon::process::identity::Process;
 use leakmon::process::memory::{Memory, MemoryError};
 use leakmon::report::stacks::{self, Format, Origin};
@@ -31,167 +19,21 @@ use leakmon::runtime::go::pclntab::{Pclntab, TextOffset};
 use leakmon::runtime::go::probes;
 use leakmon::runtime::go::program::Program;
 use leakmon::runtime::go::variables::Variables;
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::Signal;
 
-/// Mutations of all programs together.
-const MUTATIONS: u64 = 10_000;
+use super::common::{self, Fixture, Running, fixture, state, wait_until};
+use super::{LARGEST, MOST, Original, Random, Snapshot, mutate, read_whole};
 
-/// Largest single allocation that a hostile program may lead to.
-const MOST: usize = 64 << 20;
-
-/// How long one mutation may keep leakmon busy.
-const LIMIT: Duration = Duration::from_secs(10);
-
-/// Records the largest allocation asked for.
-struct Recording;
-
-static LARGEST: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: everything is left to the system's allocator.
-unsafe impl GlobalAlloc for Recording {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
-        // SAFETY: as the caller promises.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: as the caller promises.
-        unsafe { System.dealloc(at, layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
-        // SAFETY: as the caller promises.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        LARGEST.fetch_max(size, Ordering::Relaxed);
-        // SAFETY: as the caller promises.
-        unsafe { System.realloc(at, layout, size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Recording = Recording;
-
-/// A small generator: a seed gives the same mutation in every run.
-struct Random(u64);
-
-impl Random {
-    fn new(seed: u64) -> Random {
-        // Neighbouring seeds must not give similar sequences.
-        let mut random = Random(seed.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        random.next();
-        random
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound.max(1)
-    }
-
-    fn of<'a, T>(&mut self, choices: &'a [T]) -> &'a T {
-        &choices[self.below(choices.len() as u64) as usize]
-    }
-}
-
-/// What a stopped process had in its memory.
-#[derive(Clone)]
-struct Snapshot {
-    /// By ascending address.
-    regions: Vec<(u64, Vec<u8>)>,
-}
-
-impl Snapshot {
-    fn take(pid: u32) -> Snapshot {
-        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).expect("its maps");
-        let memory = File::open(format!("/proc/{pid}/mem")).expect("its memory");
-        let read = |line: &str| {
-            let mut words = line.split_whitespace();
-            let (start, end) = words.next()?.split_once('-')?;
-            let start = u64::from_str_radix(start, 16).ok()?;
-            let len = u64::from_str_radix(end, 16).ok()? - start;
-            if !words.next()?.starts_with('r') || len > 32 << 20 {
-                return None;
-            }
-            let mut bytes = vec![0; len as usize];
-            FileExt::read_exact_at(&memory, &mut bytes, start).ok()?;
-            Some((start, bytes))
-        };
-        let mut regions: Vec<(u64, Vec<u8>)> = Vec::new();
-        for (start, bytes) in maps.lines().filter_map(read) {
-            match regions.last_mut() {
-                Some((at, before)) if *at + before.len() as u64 == start => before.extend(bytes),
-                _ => regions.push((start, bytes)),
-            }
-        }
-        Snapshot { regions }
-    }
-
-    fn at(&self, addr: u64) -> Option<(usize, usize)> {
-        let region = self
-            .regions
-            .partition_point(|(start, _)| *start <= addr)
-            .checked_sub(1)?;
-        let (start, bytes) = &self.regions[region];
-        let offset = usize::try_from(addr - start).ok()?;
-        (offset < bytes.len()).then_some((region, offset))
-    }
-
-    /// Sets what is there of `bytes`; returns what was there before.
-    fn set(&mut self, addr: u64, bytes: &[u8]) -> Vec<u8> {
-        let Some((region, offset)) = self.at(addr) else {
-            return Vec::new();
-        };
-        let region = &mut self.regions[region].1;
-        let end = region.len().min(offset + bytes.len());
-        let before = region[offset..end].to_vec();
-        region[offset..end].copy_from_slice(&bytes[..end - offset]);
-        before
-    }
-}
-
-impl Memory for &Snapshot {
-    fn read(&self, addr: RuntimeAddr, buf: &mut [u8]) -> Result<(), MemoryError> {
-        let unmapped = MemoryError::Unmapped(addr);
-        let (region, offset) = self.at(addr.0).ok_or(unmapped.clone())?;
-        let region = &self.regions[region].1;
-        let end = offset.checked_add(buf.len()).ok_or(unmapped.clone())?;
-        buf.copy_from_slice(region.get(offset..end).ok_or(unmapped)?);
-        Ok(())
-    }
-
-    fn still_the_same(&self) -> Result<(), MemoryError> {
-        Ok(())
-    }
-}
-
-/// A program to be mutated.
-struct Original {
-    name: String,
-    bytes: Vec<u8>,
-    snapshot: Snapshot,
-    bias: LoadBias,
-    /// Parts of the file that decide much, as offset and length.
-    parts: Vec<(u64, u64)>,
-    /// Places in memory that do.
-    places: Vec<u64>,
-    /// `runtime.allglen`, and a goroutine that waits.
+/// A Go program, and where what its goroutines are read by lies.
+struct GoProgram {
+    original: Original,
     tables: Tables,
+    /// A goroutine that waits.
     waiting: RuntimeAddr,
 }
 
-impl Original {
-    fn of(fixture: &Fixture) -> Original {
+impl GoProgram {
+    fn of(fixture: &Fixture) -> GoProgram {
         let mut running = Running::start(&fixture.path);
         if fixture.program == "senders" {
             running.ask("call 30");
@@ -268,16 +110,20 @@ impl Original {
             let code = program.vaddr(function.entry);
             parts.push((program.file_offset(code).expect("its code").0, 512));
         }
-        Original {
-            name: format!(
-                "{} {} {}",
-                fixture.program, fixture.go_version, fixture.variant
-            ),
-            bytes,
-            snapshot,
-            bias,
-            parts,
-            places,
+        let name = format!(
+            "{} {} {}",
+            fixture.program, fixture.go_version, fixture.variant
+        );
+        GoProgram {
+            original: Original {
+                name,
+                bytes,
+                snapshot,
+                bias,
+                parts,
+                places,
+                examine: Box::new(examine),
+            },
             tables,
             waiting: RuntimeAddr(waiting),
         }
@@ -300,133 +146,8 @@ fn originals() -> Vec<Original> {
     .iter()
     .filter_map(|(program, variant)| fixture(program, variant))
     .chain(common::all("senders", "plain").first().cloned())
-    .map(|fixture| Original::of(&fixture))
+    .map(|fixture| GoProgram::of(&fixture).original)
     .collect()
-}
-
-/// A copy of an original that can be mutated and made whole again.
-struct Mutable<'a> {
-    original: &'a Original,
-    file: File,
-    snapshot: Snapshot,
-    /// What was where in the file, and in memory.
-    undo: Vec<(u64, Vec<u8>)>,
-    /// The shortest that the file has been.
-    shortest: u64,
-    undo_memory: Vec<(u64, Vec<u8>)>,
-}
-
-impl<'a> Mutable<'a> {
-    fn new(original: &'a Original) -> Mutable<'a> {
-        let file: OwnedFd = memfd_create("mutated", MFdFlags::empty()).expect("a memfd");
-        let mut file = File::from(file);
-        file.write_all(&original.bytes).expect("a copy");
-        Mutable {
-            original,
-            file,
-            snapshot: original.snapshot.clone(),
-            undo: Vec::new(),
-            shortest: original.bytes.len() as u64,
-            undo_memory: Vec::new(),
-        }
-    }
-
-    fn mutate(&mut self, random: &mut Random) {
-        for _ in 0..1 + random.below(4) {
-            match random.below(10) {
-                0 => {
-                    let len = random.below(self.original.bytes.len() as u64);
-                    self.file.set_len(len).expect("a truncation");
-                    self.shortest = self.shortest.min(len);
-                }
-                1..=5 => self.mutate_file(random),
-                _ => self.mutate_memory(random),
-            }
-        }
-    }
-
-    fn mutate_file(&mut self, random: &mut Random) {
-        let (start, len) = *random.of(&self.original.parts);
-        let at = start + random.below(len);
-        let mut bytes = [0; 8];
-        let Ok(read) = self.file.read_at(&mut bytes, at) else {
-            return;
-        };
-        let changed = changed(&bytes, random);
-        self.undo.push((at, bytes[..read].to_vec()));
-        self.file
-            .write_all_at(&changed[..read], at)
-            .expect("a mutation");
-        // What a process has loaded, it has loaded with the mutation.
-        if random.below(2) == 0
-            && let Ok(elf) = Elf::parse(&self.original.bytes[..])
-        {
-            for segment in &elf.segments {
-                if (segment.offset.0..segment.offset.0 + segment.file_size).contains(&at) {
-                    let vaddr = Vaddr(segment.vaddr.0 + (at - segment.offset.0));
-                    self.set_memory(self.original.bias.runtime(vaddr).0, &changed[..read]);
-                }
-            }
-        }
-    }
-
-    fn mutate_memory(&mut self, random: &mut Random) {
-        let addr = *random.of(&self.original.places);
-        let mut bytes = [0; 8];
-        if (&self.snapshot).read(RuntimeAddr(addr), &mut bytes).is_ok() {
-            let changed = changed(&bytes, random);
-            self.set_memory(addr, &changed);
-        }
-    }
-
-    fn set_memory(&mut self, addr: u64, bytes: &[u8]) {
-        let before = self.snapshot.set(addr, bytes);
-        self.undo_memory.push((addr, before));
-    }
-
-    fn restore(&mut self) {
-        let missing = &self.original.bytes[self.shortest as usize..];
-        self.file
-            .write_all_at(missing, self.shortest)
-            .expect("the rest");
-        self.shortest = self.original.bytes.len() as u64;
-        for (at, bytes) in self.undo.drain(..).rev() {
-            self.file.write_all_at(&bytes, at).expect("the original");
-        }
-        for (addr, bytes) in self.undo_memory.drain(..).rev() {
-            self.snapshot.set(addr, &bytes);
-        }
-    }
-}
-
-/// Eight bytes, mutated.
-fn changed(bytes: &[u8; 8], random: &mut Random) -> [u8; 8] {
-    const EXTREMES: [u64; 12] = [
-        0,
-        1,
-        0x7f,
-        0xff,
-        0xffff,
-        0x7fff_ffff,
-        0xffff_ffff,
-        1 << 25,
-        1 << 40,
-        0x7fff_ffff_f000,
-        i64::MAX as u64,
-        u64::MAX,
-    ];
-    let mut changed = *bytes;
-    match random.below(5) {
-        0 => changed[random.below(8) as usize] ^= 1 << random.below(8),
-        1 => changed[random.below(8) as usize] = random.next() as u8,
-        2 => changed = random.next().to_le_bytes(),
-        3 => changed = random.of(&EXTREMES).to_le_bytes(),
-        _ => {
-            let near = u64::from_le_bytes(*bytes).wrapping_add(random.below(1 << 12));
-            changed = near.wrapping_sub(1 << 11).to_le_bytes();
-        }
-    }
-    changed
 }
 
 /// Does with a program all that leakmon does. How far it came.
@@ -511,45 +232,9 @@ fn examine_table(table: &Pclntab, random: &mut Random) {
 
 #[test]
 fn mutated_programs() {
-    let originals = originals();
-    if originals.is_empty() {
-        return;
-    }
-    let only: Option<u64> = std::env::var("LEAKMON_HOSTILE_SEED")
-        .ok()
-        .map(|seed| seed.parse().expect("a seed"));
-    let next = AtomicU64::new(only.unwrap_or(0));
-    let last = only.map_or(MUTATIONS, |seed| seed + 1);
-    let outcomes = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..2)
-            .map(|_| {
-                scope.spawn(|| {
-                    let mut mutables: Vec<_> = originals.iter().map(Mutable::new).collect();
-                    let mut outcomes = Vec::new();
-                    loop {
-                        let seed = next.fetch_add(1, Ordering::Relaxed);
-                        if seed >= last {
-                            return outcomes;
-                        }
-                        let which = (seed % mutables.len() as u64) as usize;
-                        outcomes.push(mutation(&mut mutables[which], seed));
-                    }
-                })
-            })
-            .collect();
-        workers
-            .into_iter()
-            .flat_map(|worker| worker.join().expect("no mutation panics"))
-            .collect::<Vec<_>>()
-    });
-    let mut counts = std::collections::BTreeMap::new();
-    for (outcome, _) in &outcomes {
-        *counts.entry(*outcome).or_insert(0) += 1;
-    }
-    let slowest = outcomes.iter().map(|(_, took)| *took).max();
-    eprintln!("{counts:?}, slowest {slowest:?}, largest allocation {LARGEST:?}");
-    if only.is_none() {
-        // The mutations are neither so mild nor so harsh that they test nothing.
+    let counts = mutate(&originals(), 10_000);
+    // The mutations are neither so mild nor so harsh that they test nothing.
+    if !counts.is_empty() {
         assert!(
             counts["read"] > 500 && counts["refused"] > 500,
             "{counts:?}"
@@ -557,47 +242,9 @@ fn mutated_programs() {
     }
 }
 
-fn mutation(mutable: &mut Mutable<'_>, seed: u64) -> (&'static str, Duration) {
-    let name = &mutable.original.name;
-    let mut random = Random::new(seed);
-    mutable.mutate(&mut random);
-    let started = Instant::now();
-    let outcome = catch_unwind(AssertUnwindSafe(|| {
-        let bias = mutable.original.bias;
-        examine(&mutable.file, bias, &mutable.snapshot, &mut random)
-    }));
-    let took = started.elapsed();
-    let outcome = outcome.unwrap_or_else(|_| panic!("{name}: seed {seed} panics"));
-    assert!(took < LIMIT, "{name}: seed {seed} takes {took:?}");
-    let largest = LARGEST.load(Ordering::Relaxed);
-    assert!(
-        largest <= MOST,
-        "{name}: seed {seed} allocates {largest} bytes"
-    );
-    mutable.restore();
-    (outcome, took)
-}
-
-/// The originals themselves are read in full: else their mutations prove
-/// nothing.
 #[test]
 fn unmutated_programs() {
-    for original in &originals() {
-        let mut mutable = Mutable::new(original);
-        for seed in 0..50 {
-            mutable.mutate(&mut Random::new(seed));
-            mutable.restore();
-        }
-        let whole = mutable.file.bytes_at(FileOffset(0), mutable.file.size());
-        assert!(
-            whole.expect("the file") == original.bytes,
-            "{}",
-            original.name
-        );
-        let mut random = Random::new(0);
-        let outcome = examine(&mutable.file, original.bias, &mutable.snapshot, &mut random);
-        assert_eq!(outcome, "read", "{}", original.name);
-    }
+    read_whole(&originals());
 }
 
 /// A memory with goroutines that the target has made up: `make` fills in the g
@@ -716,12 +363,16 @@ fn made_up_goroutines() {
     let Some(fixture) = fixture("senders", "plain") else {
         return;
     };
-    let original = Original::of(&fixture);
+    let GoProgram {
+        original,
+        tables,
+        waiting,
+    } = GoProgram::of(&fixture);
     let elf = Elf::parse(&original.bytes[..]).expect("an ELF file");
     let snapshot = &original.snapshot;
     let program = open(&fixture.path, elf, original.bias, &snapshot);
     let mut g = vec![0; 512];
-    snapshot.read(original.waiting, &mut g).expect("a g");
+    snapshot.read(waiting, &mut g).expect("a g");
     // Functions with a small frame, so that every word is a return address.
     let pcs: Vec<u64> = program
         .table
@@ -740,7 +391,7 @@ fn made_up_goroutines() {
     ] {
         let made_up = MadeUp {
             snapshot,
-            tables: original.tables,
+            tables,
             count,
             g: g.clone(),
             stack_len,
@@ -752,12 +403,7 @@ fn made_up_goroutines() {
             pcs: pcs.clone(),
             kind,
         };
-        let mut census = Census::new(
-            &made_up,
-            Arc::clone(&program),
-            original.bias,
-            original.tables,
-        );
+        let mut census = Census::new(&made_up, Arc::clone(&program), original.bias, tables);
         let started = Instant::now();
         for _ in 0..2 {
             let population = census.population().expect("a census");
@@ -815,32 +461,31 @@ fn an_outgrown_array_is_not_believed() {
     let Some(fixture) = fixture("senders", "plain") else {
         return;
     };
-    let original = Original::of(&fixture);
+    let GoProgram {
+        original,
+        tables,
+        waiting,
+    } = GoProgram::of(&fixture);
     let elf = Elf::parse(&original.bytes[..]).expect("an ELF file");
     let snapshot = &original.snapshot;
     let program = open(&fixture.path, elf, original.bias, &snapshot);
-    let mut census = Census::new(
-        snapshot,
-        Arc::clone(&program),
-        original.bias,
-        original.tables,
-    );
+    let mut census = Census::new(snapshot, Arc::clone(&program), original.bias, tables);
     let count = census.population().expect("a census").count;
     assert_eq!(count, 61);
     // Not mapped, the program's text, and an array of one goroutine many times.
     for elsewhere in [8, original.bias.runtime(program.text).0, ARRAY_OF_ONE_G] {
         let mut snapshot = snapshot.clone();
-        let array = original.waiting.0.to_le_bytes().repeat(1 << 10);
+        let array = waiting.0.to_le_bytes().repeat(1 << 10);
         snapshot.regions.push((ARRAY_OF_ONE_G, array));
         snapshot.regions.sort_by_key(|(start, _)| *start);
         let moving = Moving {
             snapshot: &snapshot,
-            allgptr: original.tables.allgptr,
+            allgptr: tables.allgptr,
             elsewhere,
             moved: Cell::new(false),
         };
         let program = Arc::clone(&program);
-        let mut census = Census::new(&moving, program, original.bias, original.tables);
+        let mut census = Census::new(&moving, program, original.bias, tables);
         let found = census.population().expect("a census").count;
         assert_eq!(found, count, "{elsewhere:#x}");
     }
@@ -856,14 +501,16 @@ fn impossible_counts() {
     let Some(fixture) = fixture("senders", "plain") else {
         return;
     };
-    let original = Original::of(&fixture);
+    let GoProgram {
+        original, tables, ..
+    } = GoProgram::of(&fixture);
     let elf = Elf::parse(&original.bytes[..]).expect("an ELF file");
     for count in [1 << 20, 1 << 25, (1 << 25) + 1, 1 << 32, 1 << 61, u64::MAX] {
         let mut snapshot = original.snapshot.clone();
-        snapshot.set(original.tables.allglen.0, &count.to_le_bytes());
+        snapshot.set(tables.allglen.0, &count.to_le_bytes());
         let snapshot = &snapshot;
         let program = open(&fixture.path, elf.clone(), original.bias, &snapshot);
-        let mut census = Census::new(snapshot, program, original.bias, original.tables);
+        let mut census = Census::new(snapshot, program, original.bias, tables);
         assert!(census.population().is_err(), "{count}");
         let largest = LARGEST.load(Ordering::Relaxed);
         assert!(largest <= MOST, "{count}: {largest}");
