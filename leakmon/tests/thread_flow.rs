@@ -440,6 +440,40 @@ fn threads_without_a_known_site_are_counted() {
     }
 }
 
+/// Of a program that has tasks of another kind, threads are counted and not
+/// timed, unless that is asked for.
+#[test]
+fn beside_goroutines_threads_are_counted_and_not_timed() {
+    let Some(churner) = common::fixture("churner", "plain") else {
+        return;
+    };
+    for (args, tier) in [
+        (&[][..], "lifecycle"),
+        (&["--all-runtimes"][..], "blocking"),
+    ] {
+        let mut target = Running::start(&churner.path);
+        let pid = target.pid();
+        let args = [&["--interval", "200ms", "--max-overhead", "50"], args].concat();
+        let watch = Watch::start(&[pid], &args);
+        target.ask("churn 2000");
+        let report = watch.fresh_report(pid);
+        let seen = threads(&report);
+        assert_eq!(seen["tier"]["name"], tier, "{seen:#}");
+        assert_eq!(seen["tasks"]["live"], kernel_count(pid));
+        assert_eq!(seen["probes"]["census_difference"], 0, "{seen:#}");
+        // Its runtime makes threads when it wants some, by clone.
+        for site in sites(&report) {
+            if site["spawned"].as_u64() > Some(0) {
+                assert!(
+                    site["created_by"].is_null() && site["doubt"].is_string(),
+                    "{site:#}"
+                );
+            }
+        }
+        watch.stop();
+    }
+}
+
 /// A process that dies while its threads come and go, and one that becomes
 /// another program.
 #[test]
