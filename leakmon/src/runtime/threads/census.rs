@@ -1027,12 +1027,13 @@ impl Census {
         Ok(probes::find(&modules, self.arch))
     }
 
-    /// Every thread of the latest census, by its site, which it keeps.
+    /// Every thread of the latest census, by its site; what is known by a stack
+    /// stays so.
     pub(super) fn known_threads(&mut self) -> Vec<KnownThread> {
         let mut known = Vec::with_capacity(self.threads.len());
         for thread in &mut self.threads {
             let site = &self.tallies.sites[thread.site.0 as usize];
-            thread.pinned = true;
+            thread.pinned = thread.sited;
             known.push(KnownThread {
                 tid: thread.tid,
                 site: site.key,
