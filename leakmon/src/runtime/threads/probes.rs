@@ -276,7 +276,11 @@ pub(super) fn name<M: Memory>(
     let caller = direct.iter().find(own).cloned();
     // A library calls for the program: whoever called it is on the stack.
     let (caller, first) = match (caller, stack) {
-        (None, Some(stack)) => (outer(stack, key, arch, modules), true),
+        (None, Some(stack)) => {
+            let outer = outer(stack, key, arch, modules);
+            let found = outer.is_some();
+            (outer, found)
+        }
         (caller, _) => (caller, false),
     };
     let by_program = caller
