@@ -17,6 +17,8 @@ pub struct KernelOffsets {
     pub signal: u32,
     /// `signal_struct.live`, the threads that have not begun to exit.
     pub live: u32,
+    /// `task_struct.start_time`.
+    pub start_time: u32,
 }
 
 /// One thread's registers and state, as the task iterator writes it.
@@ -117,7 +119,8 @@ pub struct ThreadEntry {
     /// Where it was made; all 0: it was there before the probes came, or made
     /// without `pthread_create`.
     pub site: crate::SiteKey,
-    /// When it was made, CLOCK_MONOTONIC nanoseconds; 0: not known.
+    /// `task_struct.start_time`: when it was made, CLOCK_MONOTONIC nanoseconds.
+    /// 0: it was there before the probes came.
     pub born: u64,
     /// Since when it is blocked; 0: it is not.
     pub since: u64,

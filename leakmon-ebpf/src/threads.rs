@@ -197,11 +197,11 @@ fn start(ctx: &RawTracePointContext) -> Option<()> {
     }
     hit.count(ctx, site, End::Spawned);
     let task = ctx.arg::<*const c_void>(0);
-    let tid: u32 = kernel(task, KERNEL_OFFSETS.get(0)?.pid)?;
+    let offsets = KERNEL_OFFSETS.get(0)?;
+    let tid: u32 = kernel(task, offsets.pid)?;
     let entry = ThreadEntry {
         site,
-        // SAFETY: reads the clock.
-        born: unsafe { bpf_ktime_get_ns() },
+        born: kernel(task, offsets.start_time)?,
         slot: NO_SLOT,
         target: u64::from(cookie.target),
         ..ThreadEntry::default()
@@ -210,6 +210,21 @@ fn start(ctx: &RawTracePointContext) -> Option<()> {
         warn!(ctx, "the map of threads is full");
     }
     Some(())
+}
+
+/// Whether an entry is of the thread `task`, and not of one of another target,
+/// or of one that had its id and ended while the probes were away.
+#[inline(always)]
+fn is_of(hit: &Hit<'_>, thread: &ThreadEntry, task: *const c_void) -> bool {
+    if thread.target != u64::from(hit.cookie.target) {
+        return false;
+    }
+    // One that was there before the probes is forgotten when they go.
+    if thread.born == 0 || thread.born >= hit.target.lifecycle_since {
+        return true;
+    }
+    let offsets = KERNEL_OFFSETS.get(0);
+    offsets.and_then(|offsets| kernel(task, offsets.start_time)) == Some(thread.born)
 }
 
 /// `sched_process_exit`, in the thread that ends.
@@ -232,7 +247,7 @@ fn exit(ctx: &RawTracePointContext) -> Option<()> {
     if let Some(thread) = THREADS.get_ptr(tid) {
         // SAFETY: the thread's own entry.
         unsafe {
-            if (*thread).target == u64::from(cookie.target) {
+            if is_of(&hit, &*thread, ctx.arg(0)) {
                 site = (*thread).site;
             }
         }
@@ -266,7 +281,7 @@ fn off(ctx: &RawTracePointContext) -> Option<()> {
     let target = u64::from(cookie.target);
     let mut thread = THREADS.get_ptr_mut(tid);
     // SAFETY: the thread's own entry.
-    if thread.is_none_or(|thread| unsafe { (*thread).target } != target) {
+    if thread.is_none_or(|thread| unsafe { !is_of(&hit, &*thread, ctx.arg(1)) }) {
         let entry = ThreadEntry {
             slot: NO_SLOT,
             target,

@@ -9,6 +9,7 @@ mod demo;
 mod fixtures;
 mod garble;
 mod go;
+mod languages;
 mod privilege;
 mod program;
 mod progress;

@@ -8,6 +8,7 @@ use crate::bpf;
 use crate::command::Run;
 use crate::fixtures;
 use crate::go::Go;
+use crate::languages;
 use crate::progress::{note, step};
 use crate::workspace;
 
@@ -16,6 +17,10 @@ pub(crate) fn run() -> Result<Go> {
     step("Rust for the kernel side", bpf::ensure)?;
     step("C and musl for the fixtures", || {
         fixtures::ensure_compilers();
+        Ok(())
+    })?;
+    step("Java, node and Python for the tests", || {
+        languages::ensure();
         Ok(())
     })?;
     step("Go for the fixtures", || {

@@ -152,6 +152,18 @@ impl Symbols {
             .map(|function| Vaddr(function.start))
     }
 
+    /// The functions whose name in the file, not demangled, is `wanted`: name,
+    /// start, and size in bytes (0 when the table does not say).
+    pub fn all<'a>(
+        &'a self,
+        wanted: impl Fn(&[u8]) -> bool + 'a,
+    ) -> impl Iterator<Item = (&'a [u8], Vaddr, u64)> {
+        self.functions.iter().filter_map(move |function| {
+            let name = self.raw(function.name);
+            wanted(name).then_some((name, Vaddr(function.start), function.size))
+        })
+    }
+
     /// How many functions have a name.
     pub fn len(&self) -> usize {
         self.functions.len()

@@ -60,8 +60,8 @@ pub struct ThreadRun {
     /// Thread id.
     pub tid: u32,
     /// Where it was made: the return address of `pthread_create`, and the start
-    /// routine or the word of `leakmon_common::threads::Shared`. All 0 where the
-    /// probes did not see it.
+    /// routine or the word of `leakmon_common::threads::Shared`; or what
+    /// [`KnownThread::site`] said. All 0 where neither is known.
     pub site: SiteKey,
     /// When it was made, if the probes saw it.
     pub born: Option<u64>,
@@ -106,6 +106,15 @@ pub struct KnownTask {
     pub vtable: u64,
     /// The entry of its `poll`.
     pub poll: u64,
+}
+
+/// A thread that a census found, for [`super::Attached::know_threads`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KnownThread {
+    /// Its id.
+    pub tid: u32,
+    /// What it is to be counted by.
+    pub site: SiteKey,
 }
 
 /// What was counted of one kind of wait.

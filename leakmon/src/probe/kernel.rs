@@ -21,7 +21,7 @@ use leakmon_common::{
 
 use super::btf::Btf;
 use super::counts::{
-    Counts, CreationStack, Drops, Hits, KnownTask, TaskRun, ThreadRun, WaitCounts,
+    Counts, CreationStack, Drops, Hits, KnownTask, KnownThread, TaskRun, ThreadRun, WaitCounts,
 };
 use super::error::{Error, errno};
 use super::events::ProcessEvents;
@@ -306,6 +306,7 @@ impl Kernel {
                 .filter(|&role| plan.places.iter().any(|place| place.role == role))
                 .collect(),
             counted: false,
+            seeded: false,
             tier: Tier::Census,
             links: Vec::new(),
         };
@@ -596,6 +597,7 @@ impl Types {
             nivcsw: offset("task_struct", "nivcsw")?,
             signal: offset("task_struct", "signal")?,
             live: offset("signal_struct", "live")?,
+            start_time: offset("task_struct", "start_time")?,
         };
         if offset("task_struct", "tgid")? != offsets.pid + 4 {
             return Err("task_struct.tgid is not behind pid".to_owned());
@@ -770,6 +772,19 @@ impl State {
             .into_iter()
             .filter_map(|(key, entries)| Some((key, *entries.first()?)))
             .filter(move |(_, thread)| thread.target == u64::from(target)))
+    }
+
+    /// Forgets threads that were there before the probes: nothing tells whether
+    /// one that has such an id after a gap still is the same.
+    fn forget_old_threads(&self, target: u16) -> Result<(), Error> {
+        let error = |source| Error::Map {
+            what: "forget the threads",
+            source,
+        };
+        let threads = self.threads(target).map_err(error)?;
+        let old = threads.filter(|(_, thread)| thread.born == 0);
+        let old: Vec<u32> = old.map(|(tid, _)| tid).collect();
+        sys::remove(self.threads.fd().as_fd(), &old).map_err(error)
     }
 
     /// Every entry of `STACKS` of a target.
@@ -1106,6 +1121,8 @@ pub struct Attached {
     roles: Vec<Role>,
     /// Something was attached, so that there may be something in the maps.
     counted: bool,
+    /// [`Attached::know_threads`] has put something there.
+    seeded: bool,
     tier: Tier,
     links: Vec<(Role, Vec<Links>)>,
 }
@@ -1139,6 +1156,9 @@ impl Attached {
             epoch: self.target.epoch,
         };
         if self.tier == Tier::Census && self.has_tracepoints() {
+            if self.counted {
+                state.forget_old_threads(self.index)?;
+            }
             state.watch(self.pid.get(), cookie)?;
         }
         self.counted = true;
@@ -1360,6 +1380,33 @@ impl Attached {
             .collect())
     }
 
+    /// Says by which sites the threads are to be counted that are there before
+    /// anything is attached. One that is not named, or that was made since, is
+    /// counted by no site.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn know_threads(&mut self, known: &[KnownThread]) -> Result<(), Error> {
+        self.seeded |= !known.is_empty();
+        let state = lock(&self.shared);
+        for thread in known {
+            let entry = ThreadEntry {
+                site: thread.site,
+                slot: NO_SLOT,
+                target: u64::from(self.index),
+                ..ThreadEntry::default()
+            };
+            sys::insert(state.threads.fd().as_fd(), &thread.tid, &entry).map_err(|source| {
+                Error::Map {
+                    what: "remember the threads",
+                    source,
+                }
+            })?;
+        }
+        Ok(())
+    }
+
     /// Whether [`Attached::learned`] is waited for.
     pub fn is_learning(&self) -> bool {
         self.target.learning != 0
@@ -1433,7 +1480,7 @@ impl Drop for Attached {
         {
             log::warn!("process {}: {error}", self.pid);
         }
-        let cleared = if self.counted {
+        let cleared = if self.counted || self.seeded {
             state.clear(self.index, &self.roles)
         } else {
             state.set_target(self.index, Target::default())

@@ -25,7 +25,9 @@ mod sys;
 
 pub use budget::{FLOOR_PERCENT, Governor, Interval, MIN_SHARE, Reading, Step, cpu_time};
 pub use calibrate::{Cost, calibrate, load};
-pub use counts::{Counts, CreationStack, Drops, Hits, KnownTask, TaskRun, ThreadRun, WaitCounts};
+pub use counts::{
+    Counts, CreationStack, Drops, Hits, KnownTask, KnownThread, TaskRun, ThreadRun, WaitCounts,
+};
 pub use driver::{Driver, Status};
 pub use error::Error;
 pub use events::{ProcessEvent, ProcessEvents};

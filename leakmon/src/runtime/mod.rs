@@ -5,7 +5,7 @@ pub mod go;
 pub mod threads;
 pub mod tokio;
 
-use crate::probe::{Counts, KnownTask, Plan, ThreadRegisters};
+use crate::probe::{Counts, CreationStack, KnownTask, KnownThread, Plan, ThreadRegisters};
 use crate::process::identity::Process;
 use crate::process::memory::MemoryError;
 use crate::task::{Classify, Dump, Flow, Population, SiteFlow, Tier};
@@ -135,6 +135,19 @@ pub trait Tasks: Send {
     /// that are new from those that were there before.
     fn known(&self) -> Vec<KnownTask> {
         Vec::new()
+    }
+
+    /// Every thread of the latest census, for probes that count those that were
+    /// there before them by the sites that the census has found.
+    fn known_threads(&mut self) -> Vec<KnownThread> {
+        Vec::new()
+    }
+
+    /// Takes the stacks of those who made tasks, which `stacks` reads from the
+    /// kernel, where a site in `counts` has no name without. Called before what
+    /// was counted is used otherwise.
+    fn use_stacks(&mut self, counts: &Counts, stacks: &mut dyn FnMut() -> Vec<CreationStack>) {
+        let _ = (counts, stacks);
     }
 
     /// What can be probed.

@@ -218,6 +218,7 @@ pub struct Population {
     /// Tasks of the runtime itself, not in `count`.
     pub system: u64,
     /// Tasks that changed while they were read, counted by their last state.
+    /// Threads that are about to end, or have never run, are among them.
     pub unstable: u64,
     /// Tasks at rest whose stack is not told, because there are too many
     /// different ones or too much of them.

@@ -44,7 +44,7 @@ pub(super) struct Probing {
 
 impl Attachment {
     pub(super) fn attach(
-        tasks: &dyn Tasks,
+        tasks: &mut dyn Tasks,
         pid: u32,
         wanted: Wanted,
         kernel: &KernelSide,
@@ -58,8 +58,11 @@ impl Attachment {
             return Err(WatchError::NoPlaces(why.clone()));
         }
         let (kernel, cost) = kernel.probing()?;
-        let attached = kernel
+        let mut attached = kernel
             .attach(pid, &probes.plan, Tier::Census)
+            .map_err(|error| WatchError::from(&error))?;
+        attached
+            .know_threads(&tasks.known_threads())
             .map_err(|error| WatchError::from(&error))?;
         let governor = match wanted.fixed {
             Some(tier) => Governor::fixed(*cost, tier.min(highest)),
@@ -104,6 +107,16 @@ impl Live {
         };
         let before_status = probing.driver.status();
         let before = probing.driver.counts();
+        let mut stacks = || match probing.driver.creation_stacks() {
+            Ok(stacks) => stacks,
+            Err(error) => {
+                tracing::info!("where threads are made stays unknown: {error}");
+                Vec::new()
+            }
+        };
+        if let Ok(before) = &before {
+            self.tasks.use_stacks(before, &mut stacks);
+        }
         let population = self.tasks.population(before.as_ref().ok())?;
         let after = probing.driver.counts();
         let status = probing.driver.status();
@@ -149,6 +162,7 @@ impl Live {
                 None
             }
         };
+        self.tasks.use_stacks(&after, &mut stacks);
         let flow = self.tasks.flow(&after);
         let counted_at = Instant::now();
         let since = counted_at.duration_since(probing.counted_at);

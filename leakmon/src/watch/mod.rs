@@ -264,7 +264,7 @@ impl Watch {
                 max_overhead: self.options.max_overhead * *weight / all,
             };
             let pid = self.process.identity.pid;
-            let attached = Attachment::attach(&*live.tasks, pid, wanted, &self.kernel);
+            let attached = Attachment::attach(&mut *live.tasks, pid, wanted, &self.kernel);
             live.attachment = match attached {
                 Ok(attachment) => attachment,
                 Err(error) => {

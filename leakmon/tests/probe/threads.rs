@@ -7,7 +7,8 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use leakmon::binary::addr::FileOffset;
-use leakmon::probe::{Code, Kernel, Place, Plan, ProcessEvent, Role, Tier};
+use leakmon::probe::{Code, Kernel, KnownThread, Place, Plan, ProcessEvent, Role, Tier};
+use leakmon::task::SiteKey;
 use leakmon_common::threads::{Layout, Shared, reason};
 
 use super::{WAYS, alone, losses};
@@ -221,6 +222,105 @@ fn threads_are_exact() {
         drop(attached);
         create(waits, &[1, 2, 3]);
     }
+}
+
+/// A thread that ends when it is told to, and its id.
+fn until_told() -> (u32, mpsc::Sender<()>, std::thread::JoinHandle<()>) {
+    let (give, tid) = mpsc::channel();
+    let (end, told) = mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        // SAFETY: it has no arguments.
+        give.send(unsafe { libc::gettid() } as u32).unwrap();
+        let _ = told.recv();
+    });
+    (tid.recv().unwrap(), end, thread)
+}
+
+#[test]
+fn an_id_that_is_used_again_is_another_threads() {
+    /// What the kernel counts thread ids from (CONFIG_CHECKPOINT_RESTORE).
+    const LAST: &str = "/proc/sys/kernel/ns_last_pid";
+    let _alone = alone();
+    if std::fs::metadata(LAST).is_err() {
+        println!("there is no {LAST}: it is not tested");
+        return;
+    }
+    let kernel = Kernel::load().unwrap();
+    let mut attached = kernel
+        .attach(std::process::id(), &plan(), Tier::Lifecycle)
+        .unwrap();
+    let (tid, end, first) = until_told();
+    let counts = attached.read().unwrap();
+    let seen = counts.threads.iter().find(|thread| thread.tid == tid);
+    let site = seen.unwrap().site;
+    assert_ne!(site.created_at, 0);
+    attached.set_tier(Tier::Census).unwrap();
+    drop(end);
+    first.join().unwrap();
+    let own = format!("/proc/self/task/{tid}");
+    while std::fs::metadata(&own).is_ok() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // Somebody else may be faster.
+    let again = (0..100).find_map(|_| {
+        std::fs::write(LAST, (tid - 1).to_string()).unwrap();
+        let thread = until_told();
+        if thread.0 == tid {
+            return Some(thread);
+        }
+        drop(thread.1);
+        thread.2.join().unwrap();
+        None
+    });
+    let (_, end, second) = again.expect("the id again");
+    for tier in [Tier::Lifecycle, Tier::Blocking] {
+        attached.set_tier(tier).unwrap();
+    }
+    drop(end);
+    second.join().unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    let counts = attached.read().unwrap();
+    let of = |key| counts.sites.iter().find(|(site, _)| *site == key);
+    let (_, flow) = of(site).unwrap();
+    assert_eq!((flow.spawned, flow.exited), (1, 0), "{counts:?}");
+    let (_, unknown) = of(SiteKey::default()).unwrap();
+    assert_eq!(unknown.exited, 1, "{counts:?}");
+    assert!(counts.waits.iter().all(|wait| wait.site != site));
+}
+
+#[test]
+fn threads_that_were_there_are_counted_as_was_said() {
+    let _alone = alone();
+    let kernel = Kernel::load().unwrap();
+    let (tid, end, thread) = until_told();
+    let mut attached = kernel
+        .attach(std::process::id(), &plan(), Tier::Census)
+        .unwrap();
+    let site = SiteKey {
+        created_at: 0,
+        entry: 4711,
+    };
+    attached.know_threads(&[KnownThread { tid, site }]).unwrap();
+    attached.set_tier(Tier::Blocking).unwrap();
+    drop(end);
+    thread.join().unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    let counts = attached.read().unwrap();
+    let flow = counts.sites.iter().find(|(key, _)| *key == site).unwrap().1;
+    assert_eq!((flow.spawned, flow.exited), (0, 1));
+    drop(attached);
+    // Nothing is left of it.
+    let attached = kernel
+        .attach(std::process::id(), &plan(), Tier::Lifecycle)
+        .unwrap();
+    assert!(
+        attached
+            .read()
+            .unwrap()
+            .threads
+            .iter()
+            .all(|t| t.tid != tid)
+    );
 }
 
 #[test]

@@ -28,17 +28,18 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use crate::binary::addr::RuntimeAddr;
 use crate::binary::elf::{Arch, Elf, ElfError};
 use crate::binary::unwind::Registers;
-use crate::probe::ThreadRegisters;
+use crate::probe::{Counts, CreationStack, KnownThread, ThreadRegisters, ThreadRun};
 use crate::process::identity::Process;
 use crate::process::memory::{Memory as _, MemoryError, ProcessMemory};
-use crate::runtime::{Kind, Refusal, RegisterSource};
+use crate::runtime::{Kind, Probes, Refusal, RegisterSource};
 use crate::task::{
-    Age, Cycle, CycleMember, Dump, Group, Population, Site, SiteId, SiteKey, Stack, StackId, State,
-    Task,
+    Age, Cycle, CycleMember, Dump, Flow, Group, Population, Site, SiteFlow, SiteId, SiteKey, Stack,
+    StackId, State, Task, WaitFlow,
 };
 
 use super::deadlock::{Edge, circles};
 use super::modules::{Modules, Pc, Whose};
+use super::probes::{self, Made};
 use super::sites;
 use super::stack::{Unwound, unwind};
 use super::syscalls::{Blocked, Call};
@@ -112,7 +113,17 @@ struct Thread {
     site: SiteId,
     /// The site is known by its stack: it stays so for as long as it lives.
     sited: bool,
+    /// The probes count it by this site, and so it keeps it.
+    pinned: bool,
+    /// What the probes know of where it was made was looked at.
+    asked: bool,
     rest: Option<Rest>,
+}
+
+impl Thread {
+    fn is_blocked(&self) -> bool {
+        self.state.is_blocked() && !self.unstable
+    }
 }
 
 /// The last census, which holds for as long as nothing has run.
@@ -220,6 +231,11 @@ pub struct Census {
     namespace: Option<FxHashMap<u32, u32>>,
     nested: bool,
     executable: Option<std::fs::File>,
+    /// Sites of the probes, as they were named when they were first seen: at
+    /// most as many as the kernel side tells apart.
+    made: FxHashMap<SiteKey, Made>,
+    /// Why the probes do not see where threads are made, if they do not.
+    no_sites: Option<Arc<str>>,
 }
 
 /// Groups by what makes them one.
@@ -284,6 +300,8 @@ impl Census {
             namespace: None,
             nested: is_nested(pid),
             executable: process.executable.try_clone().ok(),
+            made: FxHashMap::default(),
+            no_sites: None,
         })
     }
 
@@ -312,14 +330,26 @@ impl Census {
     /// # Errors
     /// [`Refusal::Memory`]: the process is gone or replaced.
     pub fn population(&mut self) -> Result<Population, Refusal> {
+        self.population_beside(&Counts::default())
+    }
+
+    /// As [`Census::population`], with what the probes had counted before.
+    ///
+    /// # Errors
+    /// As [`Census::population`].
+    pub fn population_beside(&mut self, probed: &Counts) -> Result<Population, Refusal> {
         let started = Instant::now();
         let now = crate::runtime::go::census::monotonic_ns();
         let clock = self.clock();
+        if self.is_told_more(&probed.threads) {
+            self.last = None;
+        }
         if let Some(population) = self.unchanged(clock, now, started)? {
             return Ok(population);
         }
         self.last = None;
         self.look(now)?;
+        self.join(&probed.threads);
         let (mut population, since) = self.tally(now);
         population.cycles = self.cycles();
         self.still_the_same()?;
@@ -434,13 +464,13 @@ impl Census {
     /// Looks at every thread: what has not run is left as it was.
     fn look(&mut self, now: u64) -> Result<(), Refusal> {
         if self.tallies.is_full() {
-            self.tallies = Tallies::default();
+            let forgotten = std::mem::take(&mut self.tallies).sites;
             // Ages go on; only what names the forgotten tables goes.
             for thread in &mut self.threads {
                 thread.rest = None;
-                thread.sited = thread.tid == self.pid;
+                thread.sited = thread.pinned || thread.tid == self.pid;
                 thread.site = self.tallies.site(match thread.sited {
-                    true => sites::of_main(),
+                    true => forgotten[thread.site.0 as usize].clone(),
                     false => sites::by_name(&thread.name),
                 });
             }
@@ -570,6 +600,8 @@ impl Census {
                 untold: false,
                 site,
                 sited,
+                pinned: same.is_some_and(|old| old.pinned),
+                asked: same.is_some_and(|old| old.asked),
                 rest: None,
             };
             let rests = !matches!(stat.state, State::Running | State::Zombie);
@@ -577,6 +609,13 @@ impl Census {
                 self.rest(&mut thread, registers, mapped);
             }
             let after = self.meter(tid).ok()?;
+            if stat.exiting || after == Meter(0, 0) {
+                // On its way out or in: nobody can say whether it is counted
+                // among those that have ended or were made.
+                thread.unstable = true;
+                thread.meter = after;
+                return Some(thread);
+            }
             if after == meter && (!rests || !thread.unstable) {
                 return Some(thread);
             }
@@ -643,6 +682,7 @@ impl Census {
                 primitive = self.tallies.primitives[id.0 as usize];
                 if let Some(site) = self.tallies.entries[id.0 as usize]
                     && thread.tid != self.pid
+                    && !thread.pinned
                 {
                     thread.site = site;
                     thread.sited = true;
@@ -970,6 +1010,245 @@ impl Census {
     }
 }
 
+impl Census {
+    /// What can be probed.
+    pub(super) fn probes(&self) -> Result<Probes, Refusal> {
+        Ok(Probes {
+            plan: self.find_probes()?.plan,
+            blocking_refused: None,
+        })
+    }
+
+    fn find_probes(&self) -> Result<probes::Found, Refusal> {
+        let mut modules = Modules::default();
+        if let Some(memory) = &self.memory {
+            modules.refresh(memory.executable_mappings()?, memory);
+        }
+        Ok(probes::find(&modules, self.arch))
+    }
+
+    /// Every thread of the latest census, by its site; what is known by a stack
+    /// stays so.
+    pub(super) fn known_threads(&mut self) -> Vec<KnownThread> {
+        let mut known = Vec::with_capacity(self.threads.len());
+        for thread in &mut self.threads {
+            let site = &self.tallies.sites[thread.site.0 as usize];
+            thread.pinned = thread.sited;
+            known.push(KnownThread {
+                tid: thread.tid,
+                site: site.key,
+            });
+            self.made.entry(site.key).or_insert_with(|| Made {
+                site: site.clone(),
+                start: None,
+                closure: false,
+                by_library: false,
+            });
+        }
+        known
+    }
+
+    /// Names the sites that the probes counted and that have no name yet.
+    pub(super) fn use_stacks(
+        &mut self,
+        counts: &Counts,
+        stacks: &mut dyn FnMut() -> Vec<CreationStack>,
+    ) {
+        let new = |(key, _): &&(SiteKey, SiteFlow)| !self.made.contains_key(key);
+        let new: Vec<SiteKey> = counts
+            .sites
+            .iter()
+            .filter(new)
+            .map(|(key, _)| *key)
+            .collect();
+        let mut read: Option<Vec<CreationStack>> = None;
+        for key in new {
+            let made = match (self.arch, &self.memory) {
+                _ if key == SiteKey::default() => self.unseen(),
+                (Some(arch), Some(memory)) => {
+                    let stacks = match &read {
+                        Some(stacks) => stacks,
+                        None => {
+                            if let Ok(mappings) = memory.executable_mappings() {
+                                self.modules.refresh(mappings, memory);
+                            }
+                            read.insert(stacks())
+                        }
+                    };
+                    let stack = stacks.iter().find(|stack| stack.site == key);
+                    let executable = self.executable.as_ref();
+                    let is_program = |modules: &Modules, at: u64| {
+                        executable.is_some_and(|file| modules.is_of(at, file))
+                    };
+                    probes::name(key, stack, arch, &mut self.modules, memory, is_program)
+                }
+                _ => probes::unnamed(key),
+            };
+            self.made.insert(key, made);
+        }
+    }
+
+    /// The site of threads of which the probes did not see where they were made.
+    fn unseen(&mut self) -> Made {
+        if self.no_sites.is_none() {
+            let found = self.find_probes().ok();
+            let why = found.and_then(|found| found.no_sites);
+            self.no_sites = Some(why.unwrap_or_else(|| {
+                "made before the probes came, or without pthread_create".into()
+            }));
+        }
+        let mut made = probes::unnamed(SiteKey::default());
+        made.site.doubt.clone_from(&self.no_sites);
+        made
+    }
+
+    /// What the probes counted of this thread, if it is of this thread.
+    fn run<'a>(&self, thread: &Thread, runs: &'a [ThreadRun]) -> Option<&'a ThreadRun> {
+        let at = runs.binary_search_by_key(&thread.tid, |run| run.tid).ok()?;
+        Some(&runs[at])
+    }
+
+    /// Whether the probes know more of a thread than the last census did.
+    fn is_told_more(&self, runs: &[ThreadRun]) -> bool {
+        self.threads.iter().any(|thread| {
+            self.run(thread, runs).is_some_and(|run| {
+                let since = run.blocked_since.filter(|_| thread.is_blocked());
+                since.is_some_and(|since| since < thread.since)
+                    || run.born.is_some() && !thread.pinned && !thread.asked
+            })
+        })
+    }
+
+    /// Takes over what the probes know of the threads: where they were made, and
+    /// since when they are blocked.
+    fn join(&mut self, runs: &[ThreadRun]) {
+        let clocks = Clocks::now();
+        for at in 0..self.threads.len() {
+            let thread = &self.threads[at];
+            let Some(run) = self.run(thread, runs) else {
+                continue;
+            };
+            // It has not run since before the counts were read: it is the block
+            // that they tell of.
+            let since = run
+                .blocked_since
+                .filter(|since| thread.still && thread.is_blocked() && *since < thread.since);
+            let mut site = None;
+            let mut asked = thread.asked;
+            if let Some(born) = run.born
+                && !thread.pinned
+                && let Some(made) = self.made.get(&run.site)
+            {
+                asked = true;
+                let own = &self.tallies.sites[thread.site.0 as usize];
+                if clocks.is_birth(born, thread.start_time) && made.tells_more(own, thread.sited) {
+                    site = Some(made.site.clone());
+                }
+            }
+            let site = site.map(|site| self.tallies.site(site));
+            let thread = &mut self.threads[at];
+            thread.asked = asked;
+            thread.since = since.unwrap_or(thread.since);
+            if let Some(site) = site {
+                thread.site = site;
+                thread.sited = true;
+                thread.pinned = true;
+            }
+        }
+    }
+
+    /// Puts names to what the probes counted.
+    pub(super) fn flow(&self, counts: &Counts) -> Flow {
+        let site = |key: &SiteKey| match self.made.get(key) {
+            Some(made) => made.site.clone(),
+            None => probes::unnamed(*key).site,
+        };
+        let mut sites: Vec<(Site, SiteFlow)> = Vec::with_capacity(counts.sites.len());
+        for (key, flow) in &counts.sites {
+            sites.push((site(key), *flow));
+        }
+        let mut waits = Vec::with_capacity(counts.waits.len());
+        for wait in &counts.waits {
+            // What waits is told of, though nothing was made or has ended.
+            if counts
+                .sites
+                .binary_search_by_key(&wait.site, |(key, _)| *key)
+                .is_err()
+            {
+                sites.push((site(&wait.site), SiteFlow::default()));
+            }
+            waits.push(WaitFlow {
+                site: wait.site,
+                reason: reason(self.arch, wait.reason).into(),
+                stack: Stack {
+                    frames: Vec::new(),
+                    place: None,
+                },
+                parks: wait.parks,
+                resumes: wait.resumes,
+                durations: wait.durations.clone(),
+            });
+        }
+        Flow {
+            sites,
+            waits,
+            hits: counts.hits.total(),
+            dropped: counts.drops.losses().collect(),
+        }
+    }
+}
+
+/// Two of the kernel's clocks at one moment, and the unit of `/proc`'s times.
+struct Clocks {
+    /// What CLOCK_BOOTTIME is ahead of CLOCK_MONOTONIC, in nanoseconds.
+    ahead: u64,
+    tick: u64,
+}
+
+impl Clocks {
+    fn now() -> Clocks {
+        let read = |clock| clock_gettime(clock).map_or(Duration::ZERO, Duration::from);
+        let monotonic = read(ClockId::CLOCK_MONOTONIC);
+        let ahead = read(ClockId::CLOCK_BOOTTIME).saturating_sub(monotonic);
+        let ticks = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK);
+        let ticks = ticks.ok().flatten().map_or(100, i64::cast_unsigned);
+        Clocks {
+            ahead: u64::try_from(ahead.as_nanos()).unwrap_or(u64::MAX),
+            tick: 1_000_000_000 / ticks.max(1),
+        }
+    }
+
+    /// Whether a thread with this start time (CLOCK_BOOTTIME, in ticks, rounded
+    /// down) is the one that was made then (CLOCK_MONOTONIC nanoseconds), and not
+    /// another that had its id. The kernel reads both clocks as it makes it
+    /// (`copy_process`, kernel/fork.c).
+    fn is_birth(&self, born: u64, start_time: u64) -> bool {
+        /// Between two readings, there and here; it may be held up.
+        const SLACK: u64 = 2_000_000;
+        let started = start_time.saturating_mul(self.tick);
+        let born = born.saturating_add(self.ahead);
+        (started.saturating_sub(SLACK)..started.saturating_add(self.tick + SLACK)).contains(&born)
+    }
+}
+
+/// The reason of a wait that the probes saw, in a census's words. A futex says
+/// not what it is part of.
+fn reason(arch: Option<Arch>, number: u32) -> String {
+    let call = u64::from(number & 0xffff);
+    if number == leakmon_common::threads::NO_SYSCALL {
+        return "page fault".to_owned();
+    }
+    let Some(arch) = arch else {
+        // The numbers of a 32-bit program's calls are others.
+        return "waiting".to_owned();
+    };
+    match Call::of(arch, call.cast_signed()) {
+        Some(Call { name: "futex", .. }) => Futex::reason_of(number >> 16).to_owned(),
+        Some(call) => call.reason().to_owned(),
+        None => format!("syscall {call}"),
+    }
+}
+
 /// Whether a thread of this id is in the folder.
 fn lives(task: &Dir, tid: u32) -> bool {
     let path = format!("{tid}");
@@ -1014,11 +1293,15 @@ fn namespace(task: &mut Dir, pid: u32) -> FxHashMap<u32, u32> {
 struct Stat<'a> {
     name: &'a [u8],
     state: State,
+    /// It has begun to end.
+    exiting: bool,
     start_time: u64,
 }
 
 /// `TID (NAME) STATE ...`: the name may have brackets and spaces of its own.
 fn parse_stat(text: &[u8]) -> Option<Stat<'_>> {
+    /// `PF_EXITING` of include/linux/sched.h, in every kernel.
+    const EXITING: u64 = 4;
     let open = text.iter().position(|byte| *byte == b'(')?;
     let close = text.iter().rposition(|byte| *byte == b')')?;
     let name = text.get(open + 1..close)?;
@@ -1032,16 +1315,19 @@ fn parse_stat(text: &[u8]) -> Option<Stat<'_>> {
         "Z" | "X" | "x" => State::Zombie,
         _ => State::Sleeping,
     };
-    // Field 22; the state is field 3.
-    let start_time = fields.nth(18)?.parse().ok()?;
+    // Fields 9 and 22; the state is field 3.
+    let flags: u64 = fields.nth(5)?.parse().ok()?;
+    let start_time = fields.nth(12)?.parse().ok()?;
     Some(Stat {
         name,
         state,
+        exiting: flags & EXITING != 0,
         start_time,
     })
 }
 
-/// `RUNTIME WAITED TIMES`; `None` when the kernel does not keep them.
+/// `RUNTIME WAITED TIMES`; `None` when the kernel does not keep them, or the
+/// thread has not run yet.
 fn parse_schedstat(text: &[u8]) -> Option<Meter> {
     let mut words = std::str::from_utf8(text).ok()?.split_whitespace();
     let run = words.next()?.parse().ok()?;
@@ -1073,6 +1359,9 @@ mod tests {
         assert_eq!(stat.name, b"a) b (c");
         assert_eq!(stat.state, State::Sleeping);
         assert_eq!(stat.start_time, 1_248_559);
+        assert!(!stat.exiting);
+        let ends = b"42 (a) Z 1 1 1 0 -1 4194316 1 0 0 0 0 0 0 0 20 0 1 0 7 0 0";
+        assert!(parse_stat(ends).unwrap().exiting);
         for end in 0..text.len() {
             let _ = parse_stat(&text[..end]);
         }
@@ -1086,6 +1375,42 @@ mod tests {
         assert_eq!(parse_schedstat(b""), None);
         let status = b"Name:\tx\nvoluntary_ctxt_switches:\t7\nnonvoluntary_ctxt_switches:\t2\n";
         assert_eq!(parse_switches(status), Some(Meter(7, 2)));
+    }
+
+    #[test]
+    fn a_birth_is_of_the_thread_that_began_then() {
+        let clocks = Clocks {
+            ahead: 5_000_000_000,
+            tick: 10_000_000,
+        };
+        // It began in the tick from 7 s on of CLOCK_BOOTTIME.
+        for (born, same) in [
+            (2_000_000_000, true),
+            (2_009_999_999, true),
+            (2_011_000_000, true),
+            (1_990_000_000, false),
+            (2_020_000_000, false),
+        ] {
+            assert_eq!(clocks.is_birth(born, 700), same, "{born}");
+        }
+    }
+
+    #[test]
+    fn reasons_have_the_words_of_a_census() {
+        let arch = Some(Arch::X86_64);
+        for (number, words) in [
+            (202 | 0x80 << 16, "futex"),
+            (202 | 0x86 << 16, "mutex lock"),
+            (202 | 0x8d << 16, "mutex lock"),
+            (230, "sleep"),
+            (232, "epoll wait"),
+            (0, "read"),
+            (999, "syscall 999"),
+            (leakmon_common::threads::NO_SYSCALL, "page fault"),
+        ] {
+            assert_eq!(reason(arch, number), words);
+        }
+        assert_eq!(reason(None, 202), "waiting");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError, Weak};
 
 use rustc_hash::FxHashMap;
 
-use crate::binary::addr::{LoadBias, RuntimeAddr};
+use crate::binary::addr::{LoadBias, RuntimeAddr, Vaddr};
 use crate::binary::elf::{Elf, ReadAt};
 use crate::binary::symbols::{Lines, Symbols};
 use crate::binary::unwind::{Rule, Table};
@@ -26,7 +26,7 @@ const MAX_CACHED: usize = 1 << 16;
 const MAX_VDSO: u64 = 1 << 16;
 
 enum Bytes {
-    File(File),
+    File(Arc<File>),
     Memory(Vec<u8>),
 }
 
@@ -40,7 +40,7 @@ impl ReadAt for Bytes {
 
     fn read_exact_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
         match self {
-            Bytes::File(file) => ReadAt::read_exact_at(file, offset, buf),
+            Bytes::File(file) => ReadAt::read_exact_at(&**file, offset, buf),
             Bytes::Memory(bytes) => bytes.read_exact_at(offset, buf),
         }
     }
@@ -87,9 +87,22 @@ impl Image {
             .as_ref()
     }
 
+    /// The file; `None` of the vdso.
+    pub(super) fn file(&self) -> Option<&Arc<File>> {
+        match &self.bytes {
+            Bytes::File(file) => Some(file),
+            Bytes::Memory(_) => None,
+        }
+    }
+
+    /// The bytes that the file has for `len` bytes of memory at `start`.
+    pub(super) fn read(&self, start: Vaddr, len: u64) -> Option<Vec<u8>> {
+        self.elf.read(&self.bytes, start, len).ok()
+    }
+
     /// Whether rustc had a part in it: it says so in `.comment`, which stripping
     /// leaves.
-    fn is_rust(&self) -> bool {
+    pub(super) fn is_rust(&self) -> bool {
         /// Most bytes of a comment that are looked at; it has some hundred.
         const MAX: u64 = 1 << 16;
         let Some(section) = self.elf.section(".comment") else {
@@ -134,7 +147,7 @@ fn image(mapping: &Mapping, file: File) -> Option<Arc<Image>> {
         return Some(image);
     }
     images.retain(|_, image| image.strong_count() > 0);
-    let image = Arc::new(Image::new(&mapping.name, Bytes::File(file))?);
+    let image = Arc::new(Image::new(&mapping.name, Bytes::File(Arc::new(file)))?);
     images.insert(id, Arc::downgrade(&image));
     Some(image)
 }
@@ -142,7 +155,7 @@ fn image(mapping: &Mapping, file: File) -> Option<Arc<Image>> {
 /// An executable mapping of one process.
 pub(super) struct Module {
     mapping: Mapping,
-    bias: LoadBias,
+    pub(super) bias: LoadBias,
     pub(super) image: Arc<Image>,
     whose: Whose,
 }
@@ -222,6 +235,38 @@ impl Modules {
         self.module(at).is_some_and(Module::is_libc)
     }
 
+    /// Every mapped file with code, and how far it was moved.
+    pub(super) fn files(&self) -> impl Iterator<Item = &Module> {
+        let mut seen: Vec<*const Image> = Vec::new();
+        self.modules.iter().filter(move |module| {
+            let image = Arc::as_ptr(&module.image);
+            let new = module.image.file().is_some() && !seen.contains(&image);
+            if new {
+                seen.push(image);
+            }
+            new
+        })
+    }
+
+    /// The file that has its own data at this address, if one has.
+    pub(super) fn data(&self, at: u64) -> Option<&Module> {
+        self.files().find(|module| {
+            let at = module.bias.vaddr(RuntimeAddr(at));
+            module.image.elf.segments.iter().any(|segment| {
+                let within = at.offset_from(segment.vaddr);
+                !segment.executable && within.is_some_and(|within| within < segment.file_size)
+            })
+        })
+    }
+
+    /// Whether the code at this address is of `file`.
+    pub(super) fn is_of(&self, at: u64, file: &File) -> bool {
+        use std::os::unix::fs::MetadataExt as _;
+        let id = |file: &File| file.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
+        let own = self.module(at).and_then(|module| module.image.file());
+        own.is_some_and(|own| id(own).is_some() && id(own) == id(file))
+    }
+
     /// Whether the code at this address is of a file that rustc made.
     pub(super) fn is_rust(&self, at: u64) -> bool {
         self.module(at).is_some_and(|module| module.image.is_rust())
@@ -299,8 +344,7 @@ impl Modules {
         let named = symbol.is_some();
         let outer = match symbol {
             Some((name, _)) => name,
-            // An address of the file: the same in every run.
-            None => format!("{}+{:#x}", module.image.name, entry_vaddr.unwrap_or(at).0),
+            None => module.offset_name(entry_vaddr.unwrap_or(at)),
         };
         let whose = |function: &str| match module.whose {
             Whose::System => Whose::System,
@@ -335,6 +379,12 @@ impl Modules {
         resolved.collect()
     }
 
+    /// What code without a name is called.
+    pub(super) fn offset_name(&self, at: u64) -> Option<String> {
+        let module = self.module(at)?;
+        Some(module.offset_name(module.bias.vaddr(RuntimeAddr(at))))
+    }
+
     /// Line and file of the first instruction of the function `frame` is of.
     pub(super) fn first_line(&mut self, frame: &Frame) -> Frame {
         let pc = Pc {
@@ -363,7 +413,13 @@ impl Modules {
 }
 
 impl Module {
-    fn is_libc(&self) -> bool {
+    /// By an address of the file: the same in every run.
+    fn offset_name(&self, at: Vaddr) -> String {
+        format!("{}+{:#x}", self.image.name, at.0)
+    }
+
+    /// Whether it is the C library's, or of what comes with it.
+    pub(super) fn is_libc(&self) -> bool {
         self.whose == Whose::System && self.image.name != "[vdso]"
     }
 }

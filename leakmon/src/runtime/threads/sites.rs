@@ -10,6 +10,9 @@ use super::modules::{Modules, Resolved, Whose};
 /// Marks a key that is made of a thread's name, not of an address.
 const NAMED: u64 = 1 << 63;
 
+/// Of what is named by its address alone in a program that rustc made.
+pub(super) const MAYBE_STD: &str = "the program has no names: this may be a part of Rust's std";
+
 /// The stack of these frames, innermost first, which may be cut short (not
 /// `whole`). Without libc as a file of its own (`has_libc`), a frame without a
 /// name may be libc's, and what is outside of it is not known.
@@ -57,7 +60,7 @@ pub(super) fn entry(frames: &[Resolved], modules: &mut Modules) -> Option<Site> 
         if let Some(next) = program.next() {
             (at, found) = next;
         }
-        doubt = Some("the program has no names: this may be a part of Rust's std".into());
+        doubt = Some(MAYBE_STD.into());
     }
     let mut frame = modules.first_line(&found.frame);
     // The closure itself, where it was inlined into the function that Rust's
@@ -100,7 +103,11 @@ pub(super) fn entry(frames: &[Resolved], modules: &mut Modules) -> Option<Site> 
 /// `f::<a::{closure#0}, ()>`.
 fn generic(function: &str) -> Option<&str> {
     let start = function.find("__rust_begin_short_backtrace::<")?;
-    let arguments = &function[start + "__rust_begin_short_backtrace::<".len()..];
+    first_argument(&function[start + "__rust_begin_short_backtrace::<".len()..])
+}
+
+/// The first of a list of type arguments, which ends by `>`.
+pub(super) fn first_argument(arguments: &str) -> Option<&str> {
     let mut depth = 0usize;
     for (at, c) in arguments.char_indices() {
         match c {
@@ -112,6 +119,12 @@ fn generic(function: &str) -> Option<&str> {
         }
     }
     None
+}
+
+/// A function's path without what a method's has in front of it:
+/// `std::thread::Thread>::park` of `<std::thread::Thread>::park`.
+pub(super) fn plain(function: &str) -> &str {
+    function.trim_start_matches(['<', '&'])
 }
 
 /// The site of a process's first thread.

@@ -56,6 +56,15 @@ impl Futex {
             value: args[2] as u32,
         }
     }
+
+    /// What an operation says of the wait by itself: only one of the kernel's own
+    /// locks has operations of its own.
+    pub(super) fn reason_of(op: u32) -> &'static str {
+        match op & !(OP_PRIVATE | OP_REALTIME) {
+            LOCK_PI | LOCK_PI2 => "mutex lock",
+            _ => "futex",
+        }
+    }
 }
 
 /// What a thread waits for.
