@@ -37,6 +37,9 @@ struct Function {
 #[derive(Debug, Default)]
 pub struct Symbols {
     functions: Vec<Function>,
+    /// Further mangled names of some of these: compilers and linkers keep one copy
+    /// of functions with the same code.
+    folded: Vec<Function>,
     names: Vec<u8>,
 }
 
@@ -56,14 +59,19 @@ impl Symbols {
         functions.sort_by(|a, b| {
             (a.start, symbols.ugliness(a.name)).cmp(&(b.start, symbols.ugliness(b.name)))
         });
+        let mut folded = Vec::new();
         functions.dedup_by(|later, first| {
             let same = later.start == first.start;
             if same {
                 first.size = first.size.max(later.size);
+                if is_mangled(symbols.raw(later.name)) && is_mangled(symbols.raw(first.name)) {
+                    folded.push(*later);
+                }
             }
             same
         });
         symbols.functions = functions;
+        symbols.folded = folded;
         symbols
     }
 
@@ -116,14 +124,15 @@ impl Symbols {
 
     fn ugliness(&self, at: usize) -> (usize, usize, &[u8]) {
         let name = self.raw(at);
-        let lines = match name {
-            [b'_', b'Z' | b'R', ..] => 0,
-            _ => name.iter().take_while(|byte| **byte == b'_').count(),
+        let lines = match is_mangled(name) {
+            true => 0,
+            false => name.iter().take_while(|byte| **byte == b'_').count(),
         };
         (lines, name.len(), name)
     }
 
-    /// The function that holds `at`: its name, demangled, and its start. One
+    /// The function that holds `at`: its name, demangled, and its start. Where
+    /// several functions have been folded into one, all of them are named. One
     /// whose size the table leaves out reaches as far as `limit`, the start of
     /// what unwind information says it is.
     pub fn function(&self, at: Vaddr, start: Option<Vaddr>) -> Option<(String, Vaddr)> {
@@ -135,12 +144,35 @@ impl Symbols {
             0 => start.is_some_and(|start| start.0 == function.start),
             size => at.0 - function.start < size,
         };
-        within.then(|| {
-            (
-                demangle(&String::from_utf8_lossy(self.raw(function.name))),
-                Vaddr(function.start),
-            )
-        })
+        within.then(|| (self.name(function), Vaddr(function.start)))
+    }
+
+    fn name(&self, function: &Function) -> String {
+        /// Names that are told of one function.
+        const MOST: usize = 4;
+        let demangled = |at: usize| demangle(&String::from_utf8_lossy(self.raw(at)));
+        let mut name = demangled(function.name);
+        let first = self
+            .folded
+            .partition_point(|folded| folded.start < function.start);
+        let mut told = vec![name.clone()];
+        for folded in self.folded[first..]
+            .iter()
+            .take_while(|folded| folded.start == function.start)
+        {
+            let other = demangled(folded.name);
+            if told.contains(&other) {
+                continue;
+            }
+            if told.len() == MOST {
+                name.push_str(" or others");
+                break;
+            }
+            name.push_str(" or ");
+            name.push_str(&other);
+            told.push(other);
+        }
+        name
     }
 
     /// Where the function with this very name starts.
@@ -173,6 +205,11 @@ impl Symbols {
     pub fn is_empty(&self) -> bool {
         self.functions.is_empty()
     }
+}
+
+/// Whether a name is Rust's or C++'s: of such no two are of one function.
+fn is_mangled(name: &[u8]) -> bool {
+    matches!(name, [b'_', b'Z' | b'R', ..])
 }
 
 /// A name as its source has it: Rust's without their hashes, C++'s, or the name
@@ -308,6 +345,44 @@ mod tests {
             assert_eq!(demangle(mangled), plain);
         }
         assert!(demangle(&"x".repeat(1 << 20)).len() <= MAX_NAME + 4);
+    }
+
+    #[test]
+    fn folded_functions_have_all_their_names() {
+        let mut symbols = Symbols::default();
+        let mut function = |start, name: &str| {
+            let at = symbols.names.len();
+            symbols.names.extend_from_slice(name.as_bytes());
+            symbols.names.push(0);
+            Function {
+                start,
+                size: 8,
+                name: at,
+            }
+        };
+        let one = function(8, "_RNvC1a3one");
+        let two = function(8, "_RNvC1a3two");
+        let again = function(8, "_ZN1a3one17h0123456789abcdefE");
+        let alone = function(16, "_RNvC1a5alone");
+        symbols.functions = vec![one, alone];
+        symbols.folded = vec![again, two];
+        let name = |at| symbols.function(Vaddr(at), None).map(|(name, _)| name);
+        assert_eq!(name(9).as_deref(), Some("a::one or a::two"));
+        assert_eq!(name(16).as_deref(), Some("a::alone"));
+        symbols.folded = vec![two; 2];
+        symbols.folded.extend((0..5).map(|i| Function {
+            name: symbols.names.len() + i * 12,
+            ..one
+        }));
+        for i in 0..5 {
+            symbols
+                .names
+                .extend_from_slice(format!("_RNvC1a3no{i}\0").as_bytes());
+        }
+        assert_eq!(
+            symbols.function(Vaddr(8), None).unwrap().0,
+            "a::one or a::two or a::no0 or a::no1 or others"
+        );
     }
 
     #[test]
