@@ -26,10 +26,12 @@ use crate::binary::addr::LoadBias;
 use crate::process::memory::Memory;
 use crate::runtime::{Kind, Refusal};
 use crate::task::{
-    Age, Dump, Frame, Group, Population, Site, SiteId, SiteKey, Stack, StackId, State, Task,
+    Age, Cycle, CycleMember, Dump, Frame, Group, Population, Site, SiteId, SiteKey, Stack, StackId,
+    State, Task,
 };
 
 use super::cells::{Cell, Reader};
+use super::idle::{Idle, Wait};
 use super::layout::{Layout, state};
 use super::lists::{self, Heads, Place};
 use super::program::{Loaded, Program};
@@ -70,6 +72,10 @@ const MAX_OWNERS: usize = 4096;
 /// Sites that are told apart.
 const MAX_SITES: usize = 1 << 16;
 
+/// Circles of tasks that are told, and tasks in one.
+const MAX_CYCLES: usize = 64;
+const MAX_CYCLE: usize = 1024;
+
 /// What is remembered of a task between two censuses, by its address.
 #[derive(Clone, Copy, Debug)]
 struct Known {
@@ -78,6 +84,8 @@ struct Known {
     hash: u64,
     /// CLOCK_MONOTONIC nanoseconds of the first census that found it so.
     since: u64,
+    /// What it waits for.
+    wait: Wait,
 }
 
 /// A list of tasks.
@@ -102,6 +110,13 @@ pub struct List {
     pub counted: Option<u64>,
 }
 
+impl Known {
+    /// Whether it is `cell`, which has not run since.
+    fn is(&self, cell: &Cell) -> bool {
+        (self.vtable, self.id, self.hash) == (cell.vtable, cell.id, cell.hash)
+    }
+}
+
 /// Reads the tasks of one process, again and again.
 #[derive(Debug)]
 pub struct Census<M> {
@@ -111,6 +126,7 @@ pub struct Census<M> {
     loaded: Loaded,
     bias: LoadBias,
     known: FxHashMap<u64, Known>,
+    idle: Idle,
     owners: Vec<Owner>,
     lists: Vec<List>,
     opened: Instant,
@@ -146,6 +162,7 @@ impl<M: Memory> Census<M> {
             program,
             bias,
             known: FxHashMap::default(),
+            idle: Idle::default(),
             owners: Vec::new(),
             lists: Vec::new(),
             opened: Instant::now(),
@@ -218,18 +235,22 @@ impl<M: Memory> Census<M> {
             cycles: Vec::new(),
             warnings: self.warnings(),
         };
-        let mut groups: FxHashMap<(SiteId, State), Group> = FxHashMap::default();
+        let waits = self.waits(&found)?;
+        self.memory.still_the_same()?;
+        population.cycles = self.cycles(&found, &waits);
+        let mut groups: FxHashMap<(SiteId, State, u16), Group> = FxHashMap::default();
         let mut known = FxHashMap::with_capacity_and_hasher(found.cells.len(), Default::default());
         for cell in found.cells.values() {
-            let before = self.known.get(&cell.addr).filter(|before| {
-                (before.vtable, before.id, before.hash) == (cell.vtable, cell.id, cell.hash)
-            });
+            let before = self.known.get(&cell.addr);
+            let before = before.filter(|before| before.is(cell));
             let since = before.map_or(now, |before| before.since);
+            let wait = waits.get(&cell.addr).copied().unwrap_or_default();
             let remembered = Known {
                 vtable: cell.vtable,
                 id: cell.id,
                 hash: cell.hash,
                 since,
+                wait,
             };
             let stood = before.is_some();
             known.insert(cell.addr, remembered);
@@ -242,10 +263,12 @@ impl<M: Memory> Census<M> {
             *population.states.entry(state).or_default() += 1;
             let site = self.site(cell);
             let stack = self.stack(site);
-            let group = groups.entry((site, state)).or_insert_with(|| Group {
+            let idle = &self.idle;
+            let group = groups.entry((site, state, wait.reason));
+            let group = group.or_insert_with(|| Group {
                 site,
                 state,
-                reason: None,
+                reason: idle.words(wait),
                 stack,
                 count: 0,
                 not_run: 0,
@@ -287,8 +310,12 @@ impl<M: Memory> Census<M> {
             .copied()
             .collect();
         cells.sort_unstable_by_key(|cell| (cell.owner, cell.id, cell.addr));
+        let waits = self.waits(&found)?;
+        self.memory.still_the_same()?;
         let mut tasks = Vec::with_capacity(cells.len());
         for cell in &cells {
+            let wait = waits.get(&cell.addr).copied().unwrap_or_default();
+            let on = found.cells.get(&wait.on).filter(|on| on.id != 0);
             let site = self.site(cell);
             let mut labels = Vec::new();
             let mut label = |key: &str, value: String| labels.push((key.into(), value.into()));
@@ -306,13 +333,13 @@ impl<M: Memory> Census<M> {
                 id: cell.id,
                 parent: None,
                 state: state_of(cell),
-                reason: None,
+                reason: self.idle.words(wait),
                 scan: false,
                 waited: None,
                 locked_to_thread: false,
                 site,
                 stack: self.stack(site),
-                on: None,
+                on: on.map(|on| format!("task {}", on.id).into()),
                 name: None,
                 labels,
             });
@@ -324,6 +351,85 @@ impl<M: Memory> Census<M> {
             stacks: Arc::clone(&self.stacks),
             version: self.program.version_text(),
         })
+    }
+
+    /// What the idle tasks wait for, by address: of those that have not run
+    /// since an earlier census, what it was then.
+    fn waits(&mut self, found: &Found) -> Result<FxHashMap<u64, Wait>, Refusal> {
+        let mut waits = FxHashMap::default();
+        let mut open = Vec::new();
+        for addr in &found.alive {
+            let Some(cell) = found.cells.get(addr).filter(|c| state_of(c) == State::Idle) else {
+                continue;
+            };
+            let known = self.known.get(addr).filter(|known| known.is(cell));
+            match known.map(|known| known.wait) {
+                Some(wait) if !wait.is_open() => {
+                    waits.insert(*addr, wait);
+                }
+                _ => open.push(*cell),
+            }
+        }
+        // Neighbours are read together.
+        open.sort_unstable_by_key(|cell| cell.addr);
+        let reader = Reader {
+            memory: &self.memory,
+            program: &self.program,
+            loaded: self.loaded,
+        };
+        let looked = self.idle.look(&reader, self.pid, &open, &found.cells)?;
+        for (addr, wait) in looked {
+            let before = self.known.get(&addr).map_or(0, |known| known.wait.tries);
+            let tries = before.saturating_add(1);
+            waits.insert(addr, Wait { tries, ..wait });
+        }
+        Ok(waits)
+    }
+
+    /// The circles of tasks of which each waits for the end of the next one.
+    fn cycles(&self, found: &Found, waits: &FxHashMap<u64, Wait>) -> Vec<Cycle> {
+        let mut cycles = Vec::new();
+        // In which walk each was met.
+        let mut met: FxHashMap<u64, u64> = FxHashMap::default();
+        let next = |addr: u64| waits.get(&addr).map_or(0, |wait| wait.on);
+        for start in waits.keys().copied() {
+            let mut at = start;
+            while at != 0 && !met.contains_key(&at) {
+                met.insert(at, start);
+                at = next(at);
+            }
+            if at == 0 || met.get(&at) != Some(&start) {
+                continue;
+            }
+            let mut circle = vec![at];
+            let mut member = next(at);
+            while member != at && circle.len() < MAX_CYCLE {
+                circle.push(member);
+                member = next(member);
+            }
+            if member == at && cycles.len() < MAX_CYCLES {
+                let members = circle.iter().filter_map(|addr| found.cells.get(addr));
+                let members: Vec<CycleMember> = members
+                    .map(|cell| self.member(cell, next(cell.addr)))
+                    .collect();
+                cycles.push(Cycle {
+                    members,
+                    doubt: None,
+                });
+            }
+        }
+        cycles
+    }
+
+    /// A task of a circle, which waits for the end of the task at `on`.
+    fn member(&self, cell: &Cell, on: u64) -> CycleMember {
+        let name = &self.program.names()[cell.vtable as usize];
+        CycleMember {
+            task: cell.id,
+            name: Some(Arc::clone(&name.function)),
+            lock: on,
+            place: None,
+        }
     }
 
     /// What a census cannot promise.

@@ -54,14 +54,7 @@ pub struct Name {
 
 /// The names of `vtables`, in their order.
 pub fn find<R: ReadAt + ?Sized>(elf: &Elf, file: &R, vtables: &[Vtable]) -> Vec<Arc<Name>> {
-    let mut finder = Finder {
-        elf,
-        file,
-        starts: vtables::function_starts(elf, file),
-        symbols: Symbols::read(elf, file),
-        constants: vtables::constants(elf, file),
-        functions: FxHashMap::default(),
-    };
+    let mut finder = Finder::new(elf, file);
     // What several vtables' drop glue was folded into says nothing of any.
     let drops: Vec<Vec<(Vaddr, String)>> = vtables
         .iter()
@@ -100,18 +93,19 @@ const UNNAMED: &str = "unnamed task";
 
 /// What a function's code does that matters here.
 #[derive(Clone, Debug, Default)]
-struct Function {
+pub(super) struct Function {
     /// Functions that it calls or jumps to, in the order of its code.
-    calls: Vec<Vaddr>,
+    pub(super) calls: Vec<Vaddr>,
     /// Addresses that it mentions.
-    mentions: Vec<Vaddr>,
+    pub(super) mentions: Vec<Vaddr>,
 }
 
-struct Finder<'a, R: ?Sized> {
+/// Looks into the functions of a program.
+pub(super) struct Finder<'a, R: ?Sized> {
     elf: &'a Elf,
     file: &'a R,
-    starts: Vec<u64>,
-    symbols: Symbols,
+    pub(super) starts: Vec<u64>,
+    pub(super) symbols: Symbols,
     /// The words of the program's relocated constants.
     constants: vtables::Constants,
     functions: FxHashMap<Vaddr, Arc<Function>>,
@@ -119,12 +113,24 @@ struct Finder<'a, R: ?Sized> {
 
 /// A place in the source, `core::panic::Location`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Location {
-    file: String,
+pub(super) struct Location {
+    pub(super) file: String,
     line: u32,
 }
 
-impl<R: ReadAt + ?Sized> Finder<'_, R> {
+impl<'a, R: ReadAt + ?Sized> Finder<'a, R> {
+    /// Of the program in `file`.
+    pub(super) fn new(elf: &'a Elf, file: &'a R) -> Finder<'a, R> {
+        Finder {
+            elf,
+            file,
+            starts: vtables::function_starts(elf, file),
+            symbols: Symbols::read(elf, file),
+            constants: vtables::constants(elf, file),
+            functions: FxHashMap::default(),
+        }
+    }
+
     fn name(&mut self, vtable: &Vtable, dropped: Option<&str>, shared: bool) -> Name {
         let location = self.location(vtable.poll);
         let (file, line) = match &location {
@@ -272,7 +278,7 @@ impl<R: ReadAt + ?Sized> Finder<'_, R> {
         }
     }
 
-    fn function(&mut self, addr: Vaddr) -> Arc<Function> {
+    pub(super) fn function(&mut self, addr: Vaddr) -> Arc<Function> {
         if let Some(function) = self.functions.get(&addr) {
             return Arc::clone(function);
         }
@@ -303,7 +309,15 @@ impl<R: ReadAt + ?Sized> Finder<'_, R> {
             if let Some(memory) = instruction.memory
                 && let Base::Absolute(target) = memory.base
             {
-                function.mentions.push(target);
+                // Calls between crates go through a table.
+                match (instruction.kind, self.constants.word(target)) {
+                    (Kind::CallIndirect | Kind::JumpIndirect, Some(callee))
+                        if self.starts.binary_search(&callee).is_ok() =>
+                    {
+                        function.calls.push(Vaddr(callee));
+                    }
+                    _ => function.mentions.push(target),
+                }
             }
         }
         Some(function)
@@ -311,7 +325,7 @@ impl<R: ReadAt + ?Sized> Finder<'_, R> {
 
     /// A `core::panic::Location` at `addr`: the file's name, pointer and
     /// length (from Rust 1.83 on with a zero that counts), line, column.
-    fn read_location(&self, addr: Vaddr) -> Option<Location> {
+    pub(super) fn read_location(&self, addr: Vaddr) -> Option<Location> {
         let word = |index: u64| self.constants.word(addr.checked_add(index * 8)?);
         let (path, len, place) = (word(0)?, word(1)?, word(2)?);
         let (line, column) = (place as u32, (place >> 32) as u32);

@@ -218,6 +218,33 @@ pub(super) fn constants<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Constants {
     Constants(data)
 }
 
+/// Where in `file` the vtable of a waker may be: four functions in a row. Of
+/// another vtable the size and the alignment are among its first four words.
+pub(super) fn waker_vtables<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Vec<Vaddr> {
+    /// `RawWakerVTable`, core/src/task/wake.rs: clone, wake, wake_by_ref, drop.
+    const FUNCTIONS: usize = 4;
+    let Constants(data) = constants(elf, file);
+    let starts = function_starts(elf, file);
+    let code = Code { elf, starts };
+    let mut found = Vec::new();
+    for block in &data {
+        let moved = |at: usize| block.moved.get(at).copied().unwrap_or(true);
+        let mut functions = 0;
+        for (at, word) in block.words.iter().enumerate() {
+            match moved(at) && code.is_function(*word) {
+                true => functions += 1,
+                false => functions = 0,
+            }
+            if functions >= FUNCTIONS {
+                let first = (at + 1 - FUNCTIONS) as u64;
+                found.push(block.addr.wrapping_add(first * 8));
+            }
+        }
+    }
+    found.sort_unstable();
+    found
+}
+
 /// Tags of PT_DYNAMIC: elf.h, and the generic ABI for DT_RELR.
 mod dynamic {
     pub(super) const RELA: u64 = 7;
