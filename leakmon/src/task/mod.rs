@@ -172,7 +172,8 @@ pub struct Group {
     pub site: SiteId,
     /// What they do.
     pub state: State,
-    /// Why they wait (`chan send`), for [`State::Waiting`] and [`State::Leaked`].
+    /// Why they wait (`chan send`), for states in which a task is blocked; `None`
+    /// where that is not known.
     pub reason: Option<Arc<str>>,
     /// Their stack; `None` when it cannot be read (running).
     pub stack: Option<StackId>,
@@ -254,7 +255,8 @@ pub struct CycleMember {
     pub task: u64,
     /// Its name, where it has one.
     pub name: Option<Arc<str>>,
-    /// Address of the lock that it waits for, in the process.
+    /// Address of the lock that it waits for, in the process; of the header of
+    /// the tokio task whose end it waits for.
     pub lock: u64,
     /// Where it waits: the line that wants the lock.
     pub place: Option<Frame>,

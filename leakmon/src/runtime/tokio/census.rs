@@ -388,37 +388,17 @@ impl<M: Memory> Census<M> {
 
     /// The circles of tasks of which each waits for the end of the next one.
     fn cycles(&self, found: &Found, waits: &FxHashMap<u64, Wait>) -> Vec<Cycle> {
-        let mut cycles = Vec::new();
-        // In which walk each was met.
-        let mut met: FxHashMap<u64, u64> = FxHashMap::default();
         let next = |addr: u64| waits.get(&addr).map_or(0, |wait| wait.on);
-        for start in waits.keys().copied() {
-            let mut at = start;
-            while at != 0 && !met.contains_key(&at) {
-                met.insert(at, start);
-                at = next(at);
-            }
-            if at == 0 || met.get(&at) != Some(&start) {
-                continue;
-            }
-            let mut circle = vec![at];
-            let mut member = next(at);
-            while member != at && circle.len() < MAX_CYCLE {
-                circle.push(member);
-                member = next(member);
-            }
-            if member == at && cycles.len() < MAX_CYCLES {
-                let members = circle.iter().filter_map(|addr| found.cells.get(addr));
-                let members: Vec<CycleMember> = members
-                    .map(|cell| self.member(cell, next(cell.addr)))
-                    .collect();
-                cycles.push(Cycle {
-                    members,
-                    doubt: None,
-                });
-            }
-        }
-        cycles
+        let circles = circles(waits.keys().copied(), next);
+        let cycle = |circle: Vec<u64>| Cycle {
+            members: circle
+                .iter()
+                .filter_map(|addr| found.cells.get(addr))
+                .map(|cell| self.member(cell, next(cell.addr)))
+                .collect(),
+            doubt: None,
+        };
+        circles.into_iter().map(cycle).collect()
     }
 
     /// A task of a circle, which waits for the end of the task at `on`.
@@ -806,6 +786,32 @@ impl Found {
     }
 }
 
+/// The circles in which each of `starts` leads to the next, which is 0 where it
+/// leads to none; each circle from its lowest member on.
+fn circles(starts: impl Iterator<Item = u64>, next: impl Fn(u64) -> u64) -> Vec<Vec<u64>> {
+    let mut circles = Vec::new();
+    // From which start each was first met.
+    let mut met: FxHashMap<u64, u64> = FxHashMap::default();
+    for start in starts {
+        let mut at = start;
+        while at != 0 && !met.contains_key(&at) {
+            met.insert(at, start);
+            at = next(at);
+        }
+        if at == 0 || met.get(&at) != Some(&start) || circles.len() >= MAX_CYCLES {
+            continue;
+        }
+        let members = std::iter::successors(Some(at), |member| Some(next(*member)));
+        let rest = members.skip(1).take_while(|member| *member != at);
+        let mut circle: Vec<u64> = std::iter::once(at).chain(rest).take(MAX_CYCLE).collect();
+        let lowest = (0..circle.len()).min_by_key(|index| circle[*index]);
+        circle.rotate_left(lowest.unwrap_or(0));
+        circles.push(circle);
+    }
+    circles.sort_unstable();
+    circles
+}
+
 /// The tasks in the lists, and how many links do not hold.
 fn members(owner: &Owner, heads: &Heads, found: &Found) -> (Vec<u64>, u64) {
     let mut members = Vec::new();
@@ -844,5 +850,30 @@ fn state_of(cell: &Cell) -> State {
         State::Scheduled
     } else {
         State::Idle
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn circles_of_tasks_that_await_each_other() {
+        // 1 awaits 2 and 2 awaits 1; 5 awaits 6, 6 awaits 7, 7 awaits 5; 3 awaits
+        // one of them, 4 awaits 8, which awaits nobody; 9 awaits itself.
+        let next = |addr: u64| match addr {
+            1 => 2,
+            2 | 3 => 1,
+            4 => 8,
+            5 => 6,
+            6 => 7,
+            7 => 5,
+            9 => 9,
+            _ => 0,
+        };
+        for starts in [[1, 2, 3, 4, 5, 6, 7, 8, 9], [9, 8, 7, 6, 5, 4, 3, 2, 1]] {
+            let circles = circles(starts.into_iter(), next);
+            assert_eq!(circles, [vec![1, 2], vec![5, 6, 7], vec![9]]);
+        }
     }
 }

@@ -24,12 +24,15 @@ const LIMIT: Duration = Duration::from_millis(800);
 const MAX_CELL: u64 = 64 << 10;
 
 /// Pointers of a task that are followed.
-const MAX_POINTERS: usize = 64;
+const MAX_POINTERS: usize = 128;
+
+/// Objects that are read for the tasks looked at together: 40 MiB.
+const MAX_OBJECTS: usize = 1 << 16;
 
 /// Pointers that are followed from what its pointers lead to, and bytes of it
 /// in which they are looked for.
-const MAX_FURTHER: usize = 192;
-const FURTHER: usize = 0x100;
+const MAX_FURTHER: usize = 1024;
+const FURTHER: usize = 0x200;
 
 /// What a task waits for, as far as it is known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -127,25 +130,26 @@ impl Idle {
             let first = usize::try_from((future.start - cell.addr) / 8).unwrap_or(0);
             let words = own.words.get(first..).unwrap_or_default();
             let mut pointers = around.pointers(words.iter().copied(), MAX_POINTERS, &[]);
-            pointers.retain(|addr| !(cell.addr..cell.addr + around.size(cell)).contains(addr));
+            let inside = cell.addr..cell.addr + around.known_size(cell);
+            pointers.retain(|addr| !inside.contains(addr));
             followed.push(pointers);
         }
         around.read(&followed, &mut objects)?;
         let mut looks = self.looks(&around, batch, &own, &objects, &followed);
         // Where not all was found, a step further.
-        let mut any = false;
+        let mut room = MAX_OBJECTS.saturating_sub(objects.len());
         for ((cell, followed), look) in batch.iter().zip(&mut followed).zip(&looks) {
             let proven = look.iter().filter(|found| found.holder.is_some()).count() as u64;
             if proven >= waits::wakers(cell) || Instant::now() >= deadline {
                 continue;
             }
-            any = true;
             let words = followed.iter().filter_map(|addr| objects.get(addr));
             let words = words.flat_map(|part| part.words.iter().take(FURTHER / 8).copied());
-            let further = around.pointers(words, MAX_FURTHER, followed);
+            let further = around.pointers(words, MAX_FURTHER.min(room), followed);
+            room -= further.len();
             followed.extend(further);
         }
-        if any {
+        if room < MAX_OBJECTS.saturating_sub(objects.len()) {
             around.read(&followed, &mut objects)?;
             looks = self.looks(&around, batch, &own, &objects, &followed);
         }
@@ -226,10 +230,20 @@ struct Around<'a, M> {
 }
 
 impl<M: Memory> Around<'_, M> {
-    /// Where the trailer of a cell starts; what is read of one without.
+    /// Where the trailer of a cell starts; what is read of one of which that is
+    /// not known.
     fn trailer(&self, cell: &Cell) -> u64 {
+        /// A cell with one timer, and more.
+        const UNKNOWN: u64 = 0x400;
         let vtable = &self.reader.program.vtables[cell.vtable as usize];
-        vtable.trailer.map_or(wakers::OBJECT as u64, u64::from)
+        vtable.trailer.map_or(UNKNOWN, u64::from)
+    }
+
+    /// Bytes that are a cell's for certain.
+    fn known_size(&self, cell: &Cell) -> u64 {
+        let program = self.reader.program;
+        let trailer = program.vtables[cell.vtable as usize].trailer;
+        trailer.map_or(program.layout.header(), u64::from)
     }
 
     /// Bytes of a cell that are read.

@@ -9,7 +9,7 @@ use crate::runtime::Refusal;
 
 use super::layout::{Layout, Version};
 use super::names::{self, Finder, Name};
-use super::uses::Uses;
+use super::uses::{Reach, Uses};
 use super::vtables::{self, Vtable};
 
 /// What one executable says of its tasks.
@@ -82,8 +82,8 @@ impl Program {
     /// What the code of tasks with this vtable can wait for.
     pub fn uses(&self, vtable: u32) -> Uses {
         let all = self.uses.get_or_init(|| {
-            let mut finder = Finder::new(&self.elf, &self.file);
-            let uses = |vtable: &Vtable| finder.uses(vtable.poll);
+            let mut reach = Reach::new(Finder::new(&self.elf, &self.file));
+            let uses = |vtable: &Vtable| reach.uses(vtable.poll);
             self.vtables.iter().map(uses).collect()
         });
         all.get(vtable as usize).copied().unwrap_or(Uses::NONE)

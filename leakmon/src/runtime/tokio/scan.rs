@@ -254,7 +254,7 @@ nonsense";
         let word = 0x7e57_ab1e_0000_0001_u64.rotate_left(13);
         let heap: Vec<u64> = std::hint::black_box(vec![word; 3]);
         // Reserved, and never touched.
-        let reserved: Vec<u8> = Vec::with_capacity(1 << 30);
+        let reserved: Vec<u8> = std::hint::black_box(Vec::with_capacity(1 << 30));
         let memory = ProcessMemory::open(&Process::open(std::process::id()).unwrap()).unwrap();
         let regions = Regions::of(std::process::id()).unwrap();
         assert!(regions.size() > 1 << 30);

@@ -10,7 +10,7 @@
 //! code gives to panics: every `async fn` has one, "resumed after completion",
 //! which neither stripping nor inlining removes.
 
-use rustc_hash::FxHashSet;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::binary::addr::Vaddr;
 use crate::binary::elf::ReadAt;
@@ -18,7 +18,7 @@ use crate::binary::elf::ReadAt;
 use super::names::Finder;
 
 /// Functions that are looked at for one task.
-const MAX_FUNCTIONS: usize = 4096;
+const MAX_FUNCTIONS: usize = 1 << 15;
 
 /// A set of tokio's futures.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,6 +27,8 @@ pub struct Uses(u32);
 impl Uses {
     /// None of them.
     pub const NONE: Uses = Uses(0);
+    /// Any of them.
+    pub const ANY: Uses = Uses(u32::MAX);
     /// sync/mutex.rs.
     pub const MUTEX: Uses = Uses(1);
     /// sync/rwlock.rs.
@@ -140,42 +142,69 @@ fn ends(symbol: &str) -> bool {
         || symbol.starts_with("core::panicking::")
 }
 
-impl<R: ReadAt + ?Sized> Finder<'_, R> {
+/// What one function says.
+#[derive(Clone, Debug, Default)]
+struct Said {
+    uses: Uses,
+    /// What it leads to.
+    next: Vec<Vaddr>,
+}
+
+/// Finds what tasks can wait for.
+pub(super) struct Reach<'a, R: ?Sized> {
+    finder: Finder<'a, R>,
+    said: FxHashMap<Vaddr, Said>,
+}
+
+impl<'a, R: ReadAt + ?Sized> Reach<'a, R> {
+    /// In the program that `finder` looks into.
+    pub(super) fn new(finder: Finder<'a, R>) -> Reach<'a, R> {
+        Reach {
+            finder,
+            said: FxHashMap::default(),
+        }
+    }
+
     /// What the function at `poll` leads to.
     pub(super) fn uses(&mut self, poll: Vaddr) -> Uses {
         let mut uses = Uses::NONE;
         let mut seen = FxHashSet::from_iter([poll]);
         let mut next = vec![poll];
         while let Some(addr) = next.pop() {
-            let symbol = self.symbols.function(addr, Some(addr));
-            if let Some((symbol, _)) = &symbol {
-                if ends(symbol) {
-                    continue;
-                }
-                let own = Uses::of_symbol(symbol);
-                uses = uses.and(own);
-                // What it waits for itself is its own affair.
-                if own.any(Uses::ONCE_CELL.and(Uses::BARRIER).and(Uses::INTERVAL)) {
-                    continue;
-                }
+            let finder = &mut self.finder;
+            let said = self.said.entry(addr).or_insert_with(|| said(finder, addr));
+            uses = uses.and(said.uses);
+            if seen.len() > MAX_FUNCTIONS {
+                // What was not looked at may be any of them.
+                return Uses::ANY;
             }
-            let function = self.function(addr);
-            for mention in &function.mentions {
-                // Passed to another function, which calls it: catch_unwind does.
-                if self.starts.binary_search(&mention.0).is_ok() && seen.len() < MAX_FUNCTIONS {
-                    next.extend(seen.insert(*mention).then_some(*mention));
-                } else if let Some(location) = self.read_location(*mention) {
-                    uses = uses.and(Uses::of_path(&location.file));
-                }
-            }
-            for callee in &function.calls {
-                if seen.len() < MAX_FUNCTIONS && seen.insert(*callee) {
-                    next.push(*callee);
-                }
-            }
+            next.extend(said.next.iter().filter(|callee| seen.insert(**callee)));
         }
         uses
     }
+}
+
+fn said<R: ReadAt + ?Sized>(finder: &mut Finder<R>, addr: Vaddr) -> Said {
+    let mut said = Said::default();
+    if let Some((symbol, _)) = finder.symbols.function(addr, Some(addr)) {
+        said.uses = Uses::of_symbol(&symbol);
+        // What these wait for themselves is their own affair.
+        let whole = Uses::ONCE_CELL.and(Uses::BARRIER).and(Uses::INTERVAL);
+        if ends(&symbol) || said.uses.any(whole) {
+            return said;
+        }
+    }
+    let function = finder.function(addr);
+    said.next.extend(&function.calls);
+    for mention in &function.mentions {
+        // Passed to another function, which calls it: catch_unwind does.
+        if finder.starts.binary_search(&mention.0).is_ok() {
+            said.next.push(*mention);
+        } else if let Some(location) = finder.read_location(*mention) {
+            said.uses = said.uses.and(Uses::of_path(&location.file));
+        }
+    }
+    said
 }
 
 #[cfg(test)]

@@ -48,6 +48,8 @@ pub struct Vtable {
     pub poll: Vaddr,
     /// `dealloc`.
     pub dealloc: Vaddr,
+    /// `drop_abort_handle`.
+    pub drop_abort_handle: Vaddr,
     /// Where the cell's trailer starts, in bytes; `None` before 1.21.
     pub trailer: Option<u32>,
     /// Where the scheduler lies in the cell, in bytes; `None` before 1.23.
@@ -427,6 +429,7 @@ impl Run {
             addr: self.addr.wrapping_add(skip as u64 * 8),
             poll: function(0),
             dealloc: function(layout.dealloc()),
+            drop_abort_handle: function(Layout::DROP_ABORT_HANDLE),
             trailer: None,
             scheduler: None,
             id: None,

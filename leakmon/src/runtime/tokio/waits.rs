@@ -225,11 +225,15 @@ impl Sockets {
 
     /// What a task waits for that waits until one of `fds` is ready to `write`,
     /// or to read.
-    fn words(&mut self, fds: [u32; 3], write: Option<bool>) -> &'static str {
-        let mut sockets = fds.iter().filter_map(|fd| self.socket(*fd));
-        let first = sockets.next();
-        let one = sockets.all(|other| Some(other) == first);
-        words_of(first.filter(|_| one), write)
+    fn words(&mut self, fds: [u32; 4], write: Option<bool>) -> &'static str {
+        for fds in fds.chunks(2) {
+            let mut sockets = fds.iter().filter_map(|fd| self.socket(*fd));
+            if let Some(first) = sockets.next() {
+                let one = sockets.all(|other| other == first);
+                return words_of(one.then_some(first), write);
+            }
+        }
+        words_of(None, write)
     }
 
     fn socket(&mut self, fd: u32) -> Option<Socket> {

@@ -38,11 +38,41 @@ const BIG: u64 = 8;
 /// Bytes of a `Notify`: state, lock and list.
 const NOTIFY: u64 = 32;
 
-/// Where `ScheduledIo.readiness` is from what a registration points to: in a
-/// slab before 1.32 at its start, since then in an `Arc`, aligned to 128 bytes,
-/// behind two pointers (runtime/io/scheduled_io.rs). The waiters follow: lock,
-/// list, reader, writer.
-const READINESS: [u64; 2] = [0, 0x90];
+/// Where a `ScheduledIo` has its parts, in bytes from what a registration points
+/// to.
+struct Place {
+    readiness: u64,
+    lock: u64,
+    list: u64,
+    reader: u64,
+    writer: u64,
+}
+
+/// As compilers order it (runtime/io/scheduled_io.rs): since 1.32 in an `Arc`
+/// and aligned to 128 bytes, before in a slab, at 1.20 with the readiness last.
+const PLACES: [Place; 3] = [
+    Place {
+        readiness: 0x90,
+        lock: 0x98,
+        list: 0xa0,
+        reader: 0xb0,
+        writer: 0xc0,
+    },
+    Place {
+        readiness: 0,
+        lock: 8,
+        list: 0x10,
+        reader: 0x20,
+        writer: 0x30,
+    },
+    Place {
+        readiness: 0x40,
+        lock: 0,
+        list: 8,
+        reader: 0x18,
+        writer: 0x28,
+    },
+];
 
 /// What a waker is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -66,8 +96,9 @@ pub(super) enum Holder {
     Sleep(Timer),
     /// A socket, or whatever else the kernel tells the readiness of.
     Io {
-        /// Its descriptor is one of these, or [`NO_FD`].
-        fds: [u32; 3],
+        /// Its descriptor is one of the first two, or if these are none, of the
+        /// others; [`NO_FD`] is none.
+        fds: [u32; 4],
         /// For what; `None` when that is not clear.
         write: Option<bool>,
     },
@@ -83,6 +114,9 @@ pub(super) enum Holder {
     /// A `JoinSet`, or another list of tasks.
     JoinSet,
 }
+
+/// `ScheduledIo.readiness` is below: flags, a tick, whether it is shut down.
+const MAX_READINESS: u64 = 1 << 33;
 
 /// No descriptor.
 pub(super) const NO_FD: u32 = u32::MAX;
@@ -119,9 +153,6 @@ pub(super) enum Timer {
 pub(super) struct Found {
     /// Where it lies.
     pub(super) at: u64,
-    /// In the task's own cell: only the code that the task's `poll` leads to
-    /// can have put it there.
-    pub(super) own: bool,
     /// What for; `None` where nothing is proven of it.
     pub(super) holder: Option<Holder>,
 }
@@ -270,12 +301,10 @@ impl<T: Tasks> Scene<'_, T> {
     pub(super) fn wakers(&self, shapes: &mut Shapes) -> Vec<Found> {
         let mut found: Vec<Found> = Vec::new();
         for at in self.places(self.cell, |at| self.future.contains(&at)) {
-            let holder = self.own_holder(at, shapes);
-            found.push(Found {
-                at,
-                own: true,
-                holder,
-            });
+            // Where the cell ends is not always known.
+            let behind = || (!self.kinds).then(|| self.holder(at, self.task)).flatten();
+            let holder = self.own_holder(at, shapes).or_else(behind);
+            found.push(Found { at, holder });
         }
         let inside = self.cell.addr..self.cell.end();
         for object in self.objects {
@@ -283,12 +312,8 @@ impl<T: Tasks> Scene<'_, T> {
                 if found.iter().any(|found| found.at == at) {
                     continue;
                 }
-                let holder = self.holder(at);
-                found.push(Found {
-                    at,
-                    own: false,
-                    holder,
-                });
+                let holder = self.holder(at, 0);
+                found.push(Found { at, holder });
             }
         }
         found
@@ -419,9 +444,9 @@ impl<T: Tasks> Scene<'_, T> {
 
     /// What the list is of that a node of the task is in.
     fn list_holder(&self, node: Node, owner: &Owner) -> Option<Holder> {
-        for (shared, _) in self.registrations() {
-            let mut lists = READINESS.iter().map(|readiness| shared + readiness + 0x10);
-            if lists.any(|list| list == owner.list) {
+        for (shared, ..) in self.registrations() {
+            let mut places = PLACES.iter();
+            if places.any(|place| shared + place.list == owner.list) {
                 // `Interest`, io/interest.rs: READABLE 1, WRITABLE 2.
                 let write = match node.rest & 3 {
                     1 => Some(false),
@@ -539,34 +564,41 @@ impl<T: Tasks> Scene<'_, T> {
         })
     }
 
-    /// What the kernel tells the readiness of: where its state is, and the
-    /// descriptor. `Registration` is a handle of the runtime, of one of two
-    /// kinds, and a pointer; in `PollEvented` the descriptor follows.
-    fn registrations(&self) -> impl Iterator<Item = (u64, u32)> + '_ {
+    /// What the kernel tells the readiness of: where its state is, and two words
+    /// of which one is the descriptor. `Registration` is a handle of the
+    /// runtime, of one of two kinds, and a pointer; in `PollEvented` the
+    /// descriptor follows, in debug builds behind another word (mio's).
+    fn registrations(&self) -> impl Iterator<Item = (u64, u32, u32)> + '_ {
         let parts = std::iter::once(self.cell).chain(self.objects.iter().copied());
         parts.flat_map(|part| {
-            part.words.windows(4).filter_map(|words| {
+            let words = part.words.windows(4).enumerate();
+            words.filter_map(|(index, words)| {
                 let (kind, handle, shared) = (words[0] as u32, words[1], words[2]);
                 let fd = words[3] as u32;
+                let further = part.words.get(index + 4).map_or(NO_FD, |word| *word as u32);
                 let is = is_pointer(shared)
                     && shared != handle
                     && fd < 1 << 20
                     && (handle == self.scheduler || self.is_handle(kind, handle));
-                is.then_some((shared, fd))
+                is.then_some((shared, fd, further))
             })
         })
     }
 
     /// The descriptors of what has its state at `shared`. What was moved away
     /// may have left others.
-    fn fds(&self, shared: u64) -> [u32; 3] {
-        let mut fds = [NO_FD; 3];
-        for (_, fd) in self.registrations().filter(|(at, _)| *at == shared) {
-            if !fds.contains(&fd)
-                && let Some(free) = fds.iter_mut().find(|fd| **fd == NO_FD)
+    fn fds(&self, shared: u64) -> [u32; 4] {
+        let mut fds = [NO_FD; 4];
+        let mut add = |slots: Range<usize>, fd: u32| {
+            if !fds[slots.clone()].contains(&fd)
+                && let Some(free) = fds[slots].iter_mut().find(|fd| **fd == NO_FD)
             {
                 *free = fd;
             }
+        };
+        for (_, fd, further) in self.registrations().filter(|(at, ..)| *at == shared) {
+            add(0..2, fd);
+            add(2..4, further);
         }
         fds
     }
@@ -589,17 +621,18 @@ impl<T: Tasks> Scene<'_, T> {
             let addr = at.checked_sub(words * 8).filter(|addr| *addr >= start)?;
             part.word(addr)
         };
-        let mut near = [before(1), before(2), before(3), part.word(at + 0x80)].into_iter();
-        let due = near.any(|due| {
-            let due = due.filter(|due| (2..LATEST).contains(due) && self.object(*due).is_none());
-            due.is_some()
-                && (1..=24).filter(|far| before(*far) == due).count() >= 1
-                && ((1..=24).filter(|far| before(*far) == due).count() >= 2
-                    || part.word(at + 0x80) == due)
-        });
+        let is_due = |due: &u64| (2..LATEST).contains(due) && self.object(*due).is_none();
+        let earlier =
+            |due: u64, times| (1..=24).filter(|far| before(*far) == Some(due)).count() >= times;
         // AtomicWaker: nobody is just registering or waking.
         let rests = part.word(at + 16) == Some(0);
-        let handle = (1..=40).any(|far| {
+        if !self.kinds {
+            let due = part.word(at + 0x80).filter(is_due);
+            return rests && due.is_some_and(|due| earlier(due, 1));
+        }
+        let mut near = (1..=3).filter_map(before).filter(is_due);
+        let due = near.any(|due| earlier(due, 2));
+        let handle = (1..=32).any(|far| {
             let kind = before(far + 1).unwrap_or(0) as u32;
             before(far).is_some_and(|handle| self.is_handle(kind, handle))
         });
@@ -609,10 +642,12 @@ impl<T: Tasks> Scene<'_, T> {
     /// What a waker at `at` in what the task's words lead to is for. What lies
     /// beside it in memory is looked at, too: so what is known by more counts
     /// before what is known by less.
-    fn holder(&self, at: u64) -> Option<Holder> {
+    ///
+    /// Only what lies behind `from` is looked at.
+    fn holder(&self, at: u64, from: u64) -> Option<Holder> {
         let objects = || {
             let around = self.objects.iter().copied();
-            around.filter(|object| object.word(at).is_some())
+            around.filter(|object| object.addr > from && object.word(at).is_some())
         };
         let one = |holders: Vec<Holder>| {
             let first = *holders.first()?;
@@ -637,24 +672,25 @@ impl<T: Tasks> Scene<'_, T> {
         {
             return Some(Holder::Mpsc);
         }
-        for (shared, _) in self.registrations() {
-            for readiness in READINESS.map(|readiness| shared + readiness) {
-                let write = match at.checked_sub(readiness) {
-                    Some(0x20) => false,
-                    Some(0x30) => true,
+        for (shared, ..) in self.registrations() {
+            for place in &PLACES {
+                let write = match at.checked_sub(shared) {
+                    Some(at) if at == place.reader => false,
+                    Some(at) if at == place.writer => true,
                     _ => continue,
                 };
-                let (Some(ready), Some(lock)) = (self.word(readiness), self.word(readiness + 8))
-                else {
-                    continue;
-                };
+                let ready = self.word(shared + place.readiness);
+                let free = self.word(shared + place.lock).is_some_and(is_free);
                 // `Ready`, io/ready.rs: READABLE 1, WRITABLE 2. It waits because
                 // it is not.
-                let waits = ready & (1 + u64::from(write)) == 0 && ready < 1 << 33;
-                return is_free(lock).then(|| Holder::Io {
-                    fds: self.fds(shared),
-                    write: waits.then_some(write),
-                });
+                let waits =
+                    |ready: u64| ready & (1 + u64::from(write)) == 0 && ready < MAX_READINESS;
+                if free && ready.is_some_and(waits) {
+                    return Some(Holder::Io {
+                        fds: self.fds(shared),
+                        write: Some(write),
+                    });
+                }
             }
         }
         None
@@ -790,4 +826,197 @@ fn chan(object: &Part) -> Option<&'static Chan> {
 fn links(start: u64, at: u64) -> impl Iterator<Item = u64> {
     let places = (0..4).map(move |index| start + index * 8);
     places.filter(move |links| links + 16 <= at || *links >= at + 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TASK: u64 = 0x5555_0000_1000;
+    const VTABLE: u64 = 0x5555_7777_0630;
+    const LOCK: u64 = 0x5555_0000_9000;
+    const SCHEDULER: u64 = 0x5555_0000_8000;
+    const OTHER: u64 = 0x5555_0000_2000;
+
+    /// Knows the waker's vtable, and that somebody awaits the task at [`OTHER`].
+    struct Known;
+
+    impl Tasks for Known {
+        fn is_waker_vtable(&self, word: u64) -> bool {
+            word == VTABLE
+        }
+
+        fn awaited(&self, header: u64) -> Option<Range<u64>> {
+            (header == OTHER).then_some(OTHER + 0x60..OTHER + 0x61)
+        }
+    }
+
+    /// A cell whose future has these words, from 0x30 on.
+    fn cell(future: &[u64]) -> Part {
+        let mut words = vec![0xc8, 0, 0x5555_6666_0000, 1, SCHEDULER, 7];
+        words.extend(future);
+        Part { addr: TASK, words }
+    }
+
+    fn part(addr: u64, words: &[u64]) -> Part {
+        let words = words.to_vec();
+        Part { addr, words }
+    }
+
+    fn look(cell: &Part, objects: &[Part], shapes: &mut Shapes) -> Vec<Found> {
+        let objects: Vec<&Part> = objects.iter().collect();
+        let scene = Scene {
+            tasks: &Known,
+            task: TASK,
+            cell,
+            future: TASK + 0x30..cell.end(),
+            scheduler: SCHEDULER,
+            kinds: true,
+            objects: &objects,
+        };
+        scene.wakers(shapes)
+    }
+
+    fn holder(cell: &Part, objects: &[Part]) -> Option<Holder> {
+        let found = look(cell, objects, &mut Shapes::default());
+        assert_eq!(found.len(), 1, "{found:x?}");
+        found[0].holder
+    }
+
+    /// The words of an `Acquire` in a cell, of which the node is at 0x38.
+    fn acquire(prev: u64, next: u64) -> Part {
+        cell(&[LOCK, VTABLE, TASK, prev, next, 1, 1, 1])
+    }
+
+    const NODE: u64 = TASK + 0x38;
+
+    #[test]
+    fn a_lock_whose_list_leads_to_the_task() {
+        let alone = acquire(0, 0);
+        let lock = part(LOCK, &[0, NODE, NODE, 0, 0, 0]);
+        let expected = Holder::Acquire {
+            sender: false,
+            write: false,
+            alone: false,
+        };
+        assert_eq!(holder(&alone, &[lock]), Some(expected));
+        for lock in [
+            // Nobody is in it, it has permits, it is held just now.
+            [0, 0, 0, 0, 0, 0],
+            [0, NODE, NODE, 0, 2, 0],
+            [1, NODE, NODE, 0, 0, 0],
+        ] {
+            assert_eq!(holder(&alone, &[part(LOCK, &lock)]), None, "{lock:x?}");
+        }
+        // The links do not say the same as the list.
+        assert_eq!(
+            holder(&acquire(0, LOCK), &[part(LOCK, &[0, NODE, NODE, 0, 0, 0])]),
+            None
+        );
+    }
+
+    #[test]
+    fn a_node_in_the_middle_is_believed_by_its_links() {
+        let mut shapes = Shapes::default();
+        let (before, behind) = (0x5555_0000_a000, 0x5555_0000_b000);
+        let middle = acquire(before, behind);
+        let lock = part(LOCK, &[0, before, behind, 0, 0, 0]);
+        let neighbours = |back: u64, forth: u64| {
+            let before = part(before, &[VTABLE, OTHER, 0, back, 1]);
+            let behind = part(behind, &[VTABLE, OTHER, forth, 0, 1]);
+            [lock.clone(), before, behind]
+        };
+        let linked = neighbours(NODE, NODE);
+        // Where the fields are is learned from one at the end.
+        assert_eq!(look(&middle, &linked, &mut shapes)[0].holder, None);
+        look(
+            &acquire(0, 0),
+            &[part(LOCK, &[0, NODE, NODE, 0, 0, 0])],
+            &mut shapes,
+        );
+        let found = look(&middle, &linked, &mut shapes)[0].holder;
+        assert!(matches!(found, Some(Holder::Acquire { .. })), "{found:?}");
+        assert_eq!(
+            look(&middle, &neighbours(NODE, 0), &mut shapes)[0].holder,
+            None
+        );
+    }
+
+    #[test]
+    fn a_notify_and_a_timer() {
+        let future = [LOCK, 0, 0, 0, VTABLE, TASK, 0, 1];
+        let node = TASK + 0x40;
+        let plain = Holder::Notified(Notify::Plain { alone: false });
+        let waits = part(LOCK, &[5, 0, node, node]);
+        assert_eq!(holder(&cell(&future), &[waits]), Some(plain));
+        let notified = part(LOCK, &[6, 0, node, node]);
+        assert_eq!(holder(&cell(&future), &[notified]), None);
+        let timer = |due, cached| cell(&[1, SCHEDULER, 0, 0, cached, due, VTABLE, TASK, 0]);
+        let sleep = Some(Holder::Sleep(Timer::Own));
+        assert_eq!(holder(&timer(3_600_042, 3_600_042), &[]), sleep);
+        // It has fired; it is another number.
+        assert_eq!(holder(&timer(u64::MAX, u64::MAX), &[]), None);
+        assert_eq!(holder(&timer(3_600_042, 3_600_041), &[]), None);
+    }
+
+    #[test]
+    fn what_lies_elsewhere() {
+        let leads = cell(&[LOCK, OTHER]);
+        let mut task = vec![0; 16];
+        task[12..14].copy_from_slice(&[VTABLE, TASK]);
+        assert_eq!(
+            holder(&leads, &[part(OTHER, &task)]),
+            Some(Holder::Join(OTHER))
+        );
+        let oneshot = |counts: [u64; 2], state| {
+            part(LOCK, &[counts[0], counts[1], 9, 9, VTABLE, TASK, state, 0])
+        };
+        let recv = Holder::Oneshot {
+            recv: true,
+            closed: false,
+        };
+        assert_eq!(holder(&leads, &[oneshot([2, 1], 1)]), Some(recv));
+        // It was sent; it was freed.
+        assert_eq!(holder(&leads, &[oneshot([2, 1], 3)]), None);
+        assert_eq!(holder(&leads, &[oneshot([0, 0], 1)]), None);
+    }
+
+    #[test]
+    fn any_words_give_an_answer() {
+        let interesting = [
+            0,
+            1,
+            2,
+            8,
+            TASK,
+            VTABLE,
+            LOCK,
+            OTHER,
+            NODE,
+            SCHEDULER,
+            u64::MAX,
+            1 << 63,
+            40,
+            !7,
+        ];
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            interesting[(state % interesting.len() as u64) as usize]
+        };
+        let mut shapes = Shapes::default();
+        for len in 0..2000 {
+            let words: Vec<u64> = (0..len % 60).map(|_| next()).collect();
+            let objects = [
+                part(LOCK, &(0..80).map(|_| next()).collect::<Vec<_>>()),
+                part(OTHER, &(0..7).map(|_| next()).collect::<Vec<_>>()),
+                part(u64::MAX - 7, &[next()]),
+                Part::default(),
+            ];
+            look(&cell(&words), &objects, &mut shapes);
+        }
+        assert!(shapes.0.len() <= MAX_SHAPES);
+    }
 }
