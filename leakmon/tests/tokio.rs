@@ -429,9 +429,10 @@ fn tasks_that_end_while_they_are_read_are_never_counted_wrong() {
         let mut unstable = 0;
         while started.elapsed() < Duration::from_millis(400) {
             let population = census.population().unwrap();
-            // At most a thousand live at once.
+            // At most a thousand live at once, and of either worker one that has
+            // ended and is in the list for a moment more.
             assert!(
-                population.count <= resting + 1000,
+                population.count <= resting + 1000 + 2,
                 "{name}: {}",
                 population.count
             );
@@ -448,6 +449,6 @@ fn tasks_that_end_while_they_are_read_are_never_counted_wrong() {
         println!("{name}: {censuses} censuses, at most {most} tasks, {unstable} unstable in all");
         let answer = zoo.line();
         assert!(answer.starts_with("churned"), "{answer}");
-        assert_eq!(census.population().unwrap().count, resting, "{name}");
+        agree(&name, &mut zoo, &mut census);
     }
 }

@@ -255,9 +255,9 @@ pub struct CycleMember {
     pub task: u64,
     /// Its name, where it has one.
     pub name: Option<Arc<str>>,
-    /// Address of the lock that it waits for, in the process; of the header of
-    /// the tokio task whose end it waits for.
-    pub lock: u64,
+    /// Address of the lock that it waits for, in the process; `None` when it
+    /// waits for the next one's end.
+    pub lock: Option<u64>,
     /// Where it waits: the line that wants the lock.
     pub place: Option<Frame>,
 }

@@ -394,20 +394,20 @@ impl<M: Memory> Census<M> {
             members: circle
                 .iter()
                 .filter_map(|addr| found.cells.get(addr))
-                .map(|cell| self.member(cell, next(cell.addr)))
+                .map(|cell| self.member(cell))
                 .collect(),
             doubt: None,
         };
         circles.into_iter().map(cycle).collect()
     }
 
-    /// A task of a circle, which waits for the end of the task at `on`.
-    fn member(&self, cell: &Cell, on: u64) -> CycleMember {
+    /// A task of a circle.
+    fn member(&self, cell: &Cell) -> CycleMember {
         let name = &self.program.names()[cell.vtable as usize];
         CycleMember {
             task: cell.id,
             name: Some(Arc::clone(&name.function)),
-            lock: on,
+            lock: None,
             place: None,
         }
     }
