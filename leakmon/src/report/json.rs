@@ -127,7 +127,7 @@ struct CycleJson<'a> {
 struct CycleMemberJson<'a> {
     task_id: u64,
     name: Option<&'a str>,
-    lock: String,
+    lock: Option<String>,
     place: Option<FrameJson<'a>>,
 }
 
@@ -136,7 +136,7 @@ impl<'a> CycleJson<'a> {
         let member = |member: &'a CycleMember| CycleMemberJson {
             task_id: member.task,
             name: member.name.as_deref(),
-            lock: format!("{:#x}", member.lock),
+            lock: member.lock.map(|lock| format!("{lock:#x}")),
             place: member.place.as_ref().map(FrameJson::new),
         };
         CycleJson {

@@ -434,10 +434,11 @@ fn deadlock(canvas: &mut Canvas, runtime: &Runtime, cycle: &Cycle) {
             Some(_) => "it seems that",
             None => "which",
         };
-        parts.push(format!(
-            "{}{name} waits{at} for lock {:#x}, {hold} {holder} holds",
-            member.task, member.lock
-        ));
+        let what = match member.lock {
+            Some(lock) => format!("lock {lock:#x}, {hold} {holder} holds"),
+            None => format!("{holder} to end"),
+        };
+        parts.push(format!("{}{name} waits{at} for {what}", member.task));
     }
     for (i, part) in parts.iter().enumerate() {
         canvas.row(

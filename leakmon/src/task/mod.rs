@@ -172,7 +172,8 @@ pub struct Group {
     pub site: SiteId,
     /// What they do.
     pub state: State,
-    /// Why they wait (`chan send`), for [`State::Waiting`] and [`State::Leaked`].
+    /// Why they wait (`chan send`), for states in which a task is blocked; `None`
+    /// where that is not known.
     pub reason: Option<Arc<str>>,
     /// Their stack; `None` when it cannot be read (running).
     pub stack: Option<StackId>,
@@ -255,8 +256,9 @@ pub struct CycleMember {
     pub task: u64,
     /// Its name, where it has one.
     pub name: Option<Arc<str>>,
-    /// Address of the lock that it waits for, in the process.
-    pub lock: u64,
+    /// Address of the lock that it waits for, in the process; `None` when it
+    /// waits for the next one's end.
+    pub lock: Option<u64>,
     /// Where it waits: the line that wants the lock.
     pub place: Option<Frame>,
 }

@@ -1004,7 +1004,7 @@ impl Census {
         CycleMember {
             task: tid.into(),
             name: thread.map(|thread| Arc::clone(&thread.name)),
-            lock,
+            lock: Some(lock),
             place: stack.and_then(|id| self.tallies.stacks[id.0 as usize].place().cloned()),
         }
     }

@@ -69,9 +69,9 @@ pub(super) struct Reader<'a, M> {
 }
 
 /// Bytes to be read, and whose.
-struct Wanted {
-    addr: u64,
-    len: u64,
+pub(super) struct Wanted {
+    pub(super) addr: u64,
+    pub(super) len: u64,
 }
 
 impl<M: Memory> Reader<'_, M> {
@@ -203,7 +203,7 @@ impl<M: Memory> Reader<'_, M> {
 
     /// Reads all of `wanted`, and gives each its bytes, or `None` where they
     /// cannot be read. In the order of addresses, not of `wanted`.
-    fn read(
+    pub(super) fn read(
         &self,
         wanted: &[Wanted],
         mut give: impl FnMut(usize, Option<&[u8]>),

@@ -26,10 +26,12 @@ use crate::binary::addr::LoadBias;
 use crate::process::memory::Memory;
 use crate::runtime::{Kind, Refusal};
 use crate::task::{
-    Age, Dump, Frame, Group, Population, Site, SiteId, SiteKey, Stack, StackId, State, Task,
+    Age, Cycle, CycleMember, Dump, Frame, Group, Population, Site, SiteId, SiteKey, Stack, StackId,
+    State, Task,
 };
 
 use super::cells::{Cell, Reader};
+use super::idle::{Idle, Wait};
 use super::layout::{Layout, state};
 use super::lists::{self, Heads, Place};
 use super::program::{Loaded, Program};
@@ -70,6 +72,10 @@ const MAX_OWNERS: usize = 4096;
 /// Sites that are told apart.
 const MAX_SITES: usize = 1 << 16;
 
+/// Circles of tasks that are told, and tasks in one.
+const MAX_CYCLES: usize = 64;
+const MAX_CYCLE: usize = 1024;
+
 /// What is remembered of a task between two censuses, by its address.
 #[derive(Clone, Copy, Debug)]
 struct Known {
@@ -78,6 +84,8 @@ struct Known {
     hash: u64,
     /// CLOCK_MONOTONIC nanoseconds of the first census that found it so.
     since: u64,
+    /// What it waits for.
+    wait: Wait,
 }
 
 /// A list of tasks.
@@ -102,6 +110,13 @@ pub struct List {
     pub counted: Option<u64>,
 }
 
+impl Known {
+    /// Whether it is `cell`, which has not run since.
+    fn is(&self, cell: &Cell) -> bool {
+        (self.vtable, self.id, self.hash) == (cell.vtable, cell.id, cell.hash)
+    }
+}
+
 /// Reads the tasks of one process, again and again.
 #[derive(Debug)]
 pub struct Census<M> {
@@ -111,6 +126,7 @@ pub struct Census<M> {
     loaded: Loaded,
     bias: LoadBias,
     known: FxHashMap<u64, Known>,
+    idle: Idle,
     owners: Vec<Owner>,
     lists: Vec<List>,
     opened: Instant,
@@ -146,6 +162,7 @@ impl<M: Memory> Census<M> {
             program,
             bias,
             known: FxHashMap::default(),
+            idle: Idle::default(),
             owners: Vec::new(),
             lists: Vec::new(),
             opened: Instant::now(),
@@ -218,18 +235,22 @@ impl<M: Memory> Census<M> {
             cycles: Vec::new(),
             warnings: self.warnings(),
         };
-        let mut groups: FxHashMap<(SiteId, State), Group> = FxHashMap::default();
+        let waits = self.waits(&found)?;
+        self.memory.still_the_same()?;
+        population.cycles = self.cycles(&found, &waits);
+        let mut groups: FxHashMap<(SiteId, State, u16), Group> = FxHashMap::default();
         let mut known = FxHashMap::with_capacity_and_hasher(found.cells.len(), Default::default());
         for cell in found.cells.values() {
-            let before = self.known.get(&cell.addr).filter(|before| {
-                (before.vtable, before.id, before.hash) == (cell.vtable, cell.id, cell.hash)
-            });
+            let before = self.known.get(&cell.addr);
+            let before = before.filter(|before| before.is(cell));
             let since = before.map_or(now, |before| before.since);
+            let wait = waits.get(&cell.addr).copied().unwrap_or_default();
             let remembered = Known {
                 vtable: cell.vtable,
                 id: cell.id,
                 hash: cell.hash,
                 since,
+                wait,
             };
             let stood = before.is_some();
             known.insert(cell.addr, remembered);
@@ -242,10 +263,12 @@ impl<M: Memory> Census<M> {
             *population.states.entry(state).or_default() += 1;
             let site = self.site(cell);
             let stack = self.stack(site);
-            let group = groups.entry((site, state)).or_insert_with(|| Group {
+            let idle = &self.idle;
+            let group = groups.entry((site, state, wait.reason));
+            let group = group.or_insert_with(|| Group {
                 site,
                 state,
-                reason: None,
+                reason: idle.words(wait),
                 stack,
                 count: 0,
                 not_run: 0,
@@ -287,8 +310,12 @@ impl<M: Memory> Census<M> {
             .copied()
             .collect();
         cells.sort_unstable_by_key(|cell| (cell.owner, cell.id, cell.addr));
+        let waits = self.waits(&found)?;
+        self.memory.still_the_same()?;
         let mut tasks = Vec::with_capacity(cells.len());
         for cell in &cells {
+            let wait = waits.get(&cell.addr).copied().unwrap_or_default();
+            let on = found.cells.get(&wait.on).filter(|on| on.id != 0);
             let site = self.site(cell);
             let mut labels = Vec::new();
             let mut label = |key: &str, value: String| labels.push((key.into(), value.into()));
@@ -306,13 +333,13 @@ impl<M: Memory> Census<M> {
                 id: cell.id,
                 parent: None,
                 state: state_of(cell),
-                reason: None,
+                reason: self.idle.words(wait),
                 scan: false,
                 waited: None,
                 locked_to_thread: false,
                 site,
                 stack: self.stack(site),
-                on: None,
+                on: on.map(|on| format!("task {}", on.id).into()),
                 name: None,
                 labels,
             });
@@ -324,6 +351,65 @@ impl<M: Memory> Census<M> {
             stacks: Arc::clone(&self.stacks),
             version: self.program.version_text(),
         })
+    }
+
+    /// What the idle tasks wait for, by address: of those that have not run
+    /// since an earlier census, what it was then.
+    fn waits(&mut self, found: &Found) -> Result<FxHashMap<u64, Wait>, Refusal> {
+        let mut waits = FxHashMap::default();
+        let mut open = Vec::new();
+        for addr in &found.alive {
+            let Some(cell) = found.cells.get(addr).filter(|c| state_of(c) == State::Idle) else {
+                continue;
+            };
+            let known = self.known.get(addr).filter(|known| known.is(cell));
+            match known.map(|known| known.wait) {
+                Some(wait) if !wait.is_open() => {
+                    waits.insert(*addr, wait);
+                }
+                _ => open.push(*cell),
+            }
+        }
+        // Neighbours are read together.
+        open.sort_unstable_by_key(|cell| cell.addr);
+        let reader = Reader {
+            memory: &self.memory,
+            program: &self.program,
+            loaded: self.loaded,
+        };
+        let looked = self.idle.look(&reader, self.pid, &open, &found.cells)?;
+        for (addr, wait) in looked {
+            let before = self.known.get(&addr).map_or(0, |known| known.wait.tries);
+            let tries = before.saturating_add(1);
+            waits.insert(addr, Wait { tries, ..wait });
+        }
+        Ok(waits)
+    }
+
+    /// The circles of tasks of which each waits for the end of the next one.
+    fn cycles(&self, found: &Found, waits: &FxHashMap<u64, Wait>) -> Vec<Cycle> {
+        let next = |addr: u64| waits.get(&addr).map_or(0, |wait| wait.on);
+        let circles = circles(waits.keys().copied(), next);
+        let cycle = |circle: Vec<u64>| Cycle {
+            members: circle
+                .iter()
+                .filter_map(|addr| found.cells.get(addr))
+                .map(|cell| self.member(cell))
+                .collect(),
+            doubt: None,
+        };
+        circles.into_iter().map(cycle).collect()
+    }
+
+    /// A task of a circle.
+    fn member(&self, cell: &Cell) -> CycleMember {
+        let name = &self.program.names()[cell.vtable as usize];
+        CycleMember {
+            task: cell.id,
+            name: Some(Arc::clone(&name.function)),
+            lock: None,
+            place: None,
+        }
     }
 
     /// What a census cannot promise.
@@ -700,6 +786,32 @@ impl Found {
     }
 }
 
+/// The circles in which each of `starts` leads to the next, which is 0 where it
+/// leads to none; each circle from its lowest member on.
+fn circles(starts: impl Iterator<Item = u64>, next: impl Fn(u64) -> u64) -> Vec<Vec<u64>> {
+    let mut circles = Vec::new();
+    // From which start each was first met.
+    let mut met: FxHashMap<u64, u64> = FxHashMap::default();
+    for start in starts {
+        let mut at = start;
+        while at != 0 && !met.contains_key(&at) {
+            met.insert(at, start);
+            at = next(at);
+        }
+        if at == 0 || met.get(&at) != Some(&start) || circles.len() >= MAX_CYCLES {
+            continue;
+        }
+        let members = std::iter::successors(Some(at), |member| Some(next(*member)));
+        let rest = members.skip(1).take_while(|member| *member != at);
+        let mut circle: Vec<u64> = std::iter::once(at).chain(rest).take(MAX_CYCLE).collect();
+        let lowest = (0..circle.len()).min_by_key(|index| circle[*index]);
+        circle.rotate_left(lowest.unwrap_or(0));
+        circles.push(circle);
+    }
+    circles.sort_unstable();
+    circles
+}
+
 /// The tasks in the lists, and how many links do not hold.
 fn members(owner: &Owner, heads: &Heads, found: &Found) -> (Vec<u64>, u64) {
     let mut members = Vec::new();
@@ -738,5 +850,30 @@ fn state_of(cell: &Cell) -> State {
         State::Scheduled
     } else {
         State::Idle
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn circles_of_tasks_that_await_each_other() {
+        // 1 awaits 2 and 2 awaits 1; 5 awaits 6, 6 awaits 7, 7 awaits 5; 3 awaits
+        // one of them, 4 awaits 8, which awaits nobody; 9 awaits itself.
+        let next = |addr: u64| match addr {
+            1 => 2,
+            2 | 3 => 1,
+            4 => 8,
+            5 => 6,
+            6 => 7,
+            7 => 5,
+            9 => 9,
+            _ => 0,
+        };
+        for starts in [[1, 2, 3, 4, 5, 6, 7, 8, 9], [9, 8, 7, 6, 5, 4, 3, 2, 1]] {
+            let circles = circles(starts.into_iter(), next);
+            assert_eq!(circles, [vec![1, 2], vec![5, 6, 7], vec![9]]);
+        }
     }
 }

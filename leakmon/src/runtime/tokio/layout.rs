@@ -54,6 +54,9 @@ impl Layout {
         }
     }
 
+    /// Index of `drop_abort_handle` among them.
+    pub const DROP_ABORT_HANDLE: usize = 5;
+
     /// Index of `dealloc` among them; `poll` is the first.
     pub fn dealloc(self) -> usize {
         match self {

@@ -8,13 +8,16 @@
 
 mod cells;
 pub mod census;
+mod idle;
 pub mod layout;
 mod lists;
 pub mod names;
 pub mod program;
 pub mod scan;
+pub mod uses;
 pub mod vtables;
 pub mod waits;
+mod wakers;
 
 use std::sync::Arc;
 

@@ -4,8 +4,8 @@
 //!
 //! 1. the symbol of `poll`, which in Rust's v0 mangling has the future's type;
 //! 2. the symbol of the cell's drop glue, which has it in either mangling:
-//!    `drop_in_place<Box<Cell<T, S>>>`, called by the vtable's `dealloc`. Not
-//!    where the linker has folded the drop glue of several types into one;
+//!    `drop_in_place<Box<Cell<T, S>>>`, called by the vtable's `dealloc` and
+//!    `drop_abort_handle`. Not where the linker has folded the drop glue of several types into one;
 //! 3. the first function of the program itself that `poll` calls: with a doubt,
 //!    for where the compiler has put the future's own code into `poll` that
 //!    may be one that it awaits;
@@ -31,6 +31,9 @@ const DEPTH: usize = 6;
 /// How far calls are followed from `dealloc`.
 const DROP_DEPTH: usize = 3;
 
+/// Instructions between an argument and the call that it is for.
+const NEAR: usize = 2;
+
 /// Functions that are looked at for one vtable.
 const MAX_FUNCTIONS: usize = 64;
 
@@ -54,18 +57,17 @@ pub struct Name {
 
 /// The names of `vtables`, in their order.
 pub fn find<R: ReadAt + ?Sized>(elf: &Elf, file: &R, vtables: &[Vtable]) -> Vec<Arc<Name>> {
-    let mut finder = Finder {
-        elf,
-        file,
-        starts: vtables::function_starts(elf, file),
-        symbols: Symbols::read(elf, file),
-        constants: vtables::constants(elf, file),
-        functions: FxHashMap::default(),
-    };
+    let mut finder = Finder::new(elf, file);
     // What several vtables' drop glue was folded into says nothing of any.
     let drops: Vec<Vec<(Vaddr, String)>> = vtables
         .iter()
-        .map(|vtable| finder.dropped(vtable.dealloc))
+        .map(|vtable| {
+            let mut dropped = finder.dropped(vtable.dealloc);
+            dropped.extend(finder.dropped(vtable.drop_abort_handle));
+            dropped.sort_unstable();
+            dropped.dedup();
+            dropped
+        })
         .collect();
     let mut users: FxHashMap<Vaddr, usize> = FxHashMap::default();
     for (addr, _) in drops.iter().flatten() {
@@ -100,18 +102,21 @@ const UNNAMED: &str = "unnamed task";
 
 /// What a function's code does that matters here.
 #[derive(Clone, Debug, Default)]
-struct Function {
+pub(super) struct Function {
     /// Functions that it calls or jumps to, in the order of its code.
-    calls: Vec<Vaddr>,
+    pub(super) calls: Vec<Vaddr>,
     /// Addresses that it mentions.
-    mentions: Vec<Vaddr>,
+    pub(super) mentions: Vec<Vaddr>,
+    /// Functions that it calls, and what it mentions just before.
+    passes: Vec<(Vaddr, Vaddr)>,
 }
 
-struct Finder<'a, R: ?Sized> {
+/// Looks into the functions of a program.
+pub(super) struct Finder<'a, R: ?Sized> {
     elf: &'a Elf,
     file: &'a R,
-    starts: Vec<u64>,
-    symbols: Symbols,
+    pub(super) starts: Vec<u64>,
+    pub(super) symbols: Symbols,
     /// The words of the program's relocated constants.
     constants: vtables::Constants,
     functions: FxHashMap<Vaddr, Arc<Function>>,
@@ -119,12 +124,24 @@ struct Finder<'a, R: ?Sized> {
 
 /// A place in the source, `core::panic::Location`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Location {
-    file: String,
+pub(super) struct Location {
+    pub(super) file: String,
     line: u32,
 }
 
-impl<R: ReadAt + ?Sized> Finder<'_, R> {
+impl<'a, R: ReadAt + ?Sized> Finder<'a, R> {
+    /// Of the program in `file`.
+    pub(super) fn new(elf: &'a Elf, file: &'a R) -> Finder<'a, R> {
+        Finder {
+            elf,
+            file,
+            starts: vtables::function_starts(elf, file),
+            symbols: Symbols::read(elf, file),
+            constants: vtables::constants(elf, file),
+            functions: FxHashMap::default(),
+        }
+    }
+
     fn name(&mut self, vtable: &Vtable, dropped: Option<&str>, shared: bool) -> Name {
         let location = self.location(vtable.poll);
         let (file, line) = match &location {
@@ -223,27 +240,43 @@ impl<R: ReadAt + ?Sized> Finder<'_, R> {
     /// own aside, that `poll` leads to.
     fn location(&mut self, poll: Vaddr) -> Option<Location> {
         let mut found = BTreeSet::new();
+        let mut resumed = BTreeSet::new();
         let mut level = usize::MAX;
         self.walk(poll, DEPTH, |finder, addr, depth| {
             if depth > level {
                 return false;
             }
-            for mention in finder.function(addr).mentions.clone() {
-                let location = finder.read_location(mention);
+            let function = finder.function(addr);
+            for mention in &function.mentions {
+                let location = finder.read_location(*mention);
                 let own = location.filter(|location| !is_library_path(&location.file));
-                if let Some(own) = own {
-                    found.insert(own);
-                    level = depth;
+                let Some(own) = own else {
+                    continue;
+                };
+                let mut passes = function.passes.iter();
+                if passes.any(|(to, what)| what == mention && finder.is_resumed(*to)) {
+                    resumed.insert(own.clone());
                 }
+                found.insert(own);
+                level = depth;
             }
             true
         });
-        // Of several it is not known which is the future's own.
-        let mut found = found.into_iter();
-        match (found.next(), found.next()) {
-            (Some(one), None) => Some(one),
-            _ => None,
-        }
+        // Of several it is not known which is the future's own. Where there are
+        // symbols, and they do not tell, the future is as simple as others are:
+        // then it is the one of the `async fn` itself.
+        let one = |found: BTreeSet<Location>| {
+            let mut found = found.into_iter();
+            found.next().filter(|_| found.next().is_none())
+        };
+        one(found).or_else(|| one(resumed))
+    }
+
+    /// Whether a function is the one that says that a future was polled which
+    /// had ended.
+    fn is_resumed(&self, addr: Vaddr) -> bool {
+        let symbol = self.symbols.function(addr, Some(addr));
+        symbol.is_some_and(|(symbol, _)| symbol.contains("panic_const_async_fn_resumed"))
     }
 
     /// Visits `start` and what it calls, level by level, each once; what is
@@ -272,7 +305,7 @@ impl<R: ReadAt + ?Sized> Finder<'_, R> {
         }
     }
 
-    fn function(&mut self, addr: Vaddr) -> Arc<Function> {
+    pub(super) fn function(&mut self, addr: Vaddr) -> Arc<Function> {
         if let Some(function) = self.functions.get(&addr) {
             return Arc::clone(function);
         }
@@ -290,20 +323,41 @@ impl<R: ReadAt + ?Sized> Finder<'_, R> {
         let bytes = self.elf.read(self.file, addr, len).ok()?;
         let code = Code::decode(self.elf.arch, addr, &bytes);
         let mut function = Function::default();
+        // The address mentioned last, and how many instructions ago.
+        let mut last = (Vaddr(0), usize::MAX);
         for instruction in code.instructions() {
+            last.1 = last.1.saturating_add(1);
             if let Kind::Call(target) | Kind::Jump(target) | Kind::CondJump(target) =
                 instruction.kind
                 && (target < addr || target.0 >= *end)
             {
                 function.calls.push(target);
+                let passed = (last.1 <= NEAR).then_some((target, last.0));
+                function.passes.extend(passed);
             }
             if let Some(Assignment::Constant { value, .. }) = instruction.assigns {
                 function.mentions.push(Vaddr(value));
+                last = (Vaddr(value), 0);
             }
             if let Some(memory) = instruction.memory
                 && let Base::Absolute(target) = memory.base
             {
                 function.mentions.push(target);
+                // Calls between crates go through a table, in debug builds by
+                // way of a register.
+                let callee = self.constants.word(target);
+                if let Some(callee) =
+                    callee.filter(|callee| self.starts.binary_search(callee).is_ok())
+                {
+                    match instruction.kind {
+                        Kind::CallIndirect | Kind::JumpIndirect => {
+                            function.calls.push(Vaddr(callee));
+                            let passed = (last.1 <= NEAR).then_some((Vaddr(callee), last.0));
+                            function.passes.extend(passed);
+                        }
+                        _ => function.mentions.push(Vaddr(callee)),
+                    }
+                }
             }
         }
         Some(function)
@@ -311,7 +365,7 @@ impl<R: ReadAt + ?Sized> Finder<'_, R> {
 
     /// A `core::panic::Location` at `addr`: the file's name, pointer and
     /// length (from Rust 1.83 on with a zero that counts), line, column.
-    fn read_location(&self, addr: Vaddr) -> Option<Location> {
+    pub(super) fn read_location(&self, addr: Vaddr) -> Option<Location> {
         let word = |index: u64| self.constants.word(addr.checked_add(index * 8)?);
         let (path, len, place) = (word(0)?, word(1)?, word(2)?);
         let (line, column) = (place as u32, (place >> 32) as u32);

@@ -3,12 +3,13 @@
 use std::fs::File;
 use std::sync::{Arc, OnceLock};
 
-use crate::binary::addr::{LoadBias, RuntimeAddr};
+use crate::binary::addr::{LoadBias, RuntimeAddr, Vaddr};
 use crate::binary::elf::Elf;
 use crate::runtime::Refusal;
 
 use super::layout::{Layout, Version};
-use super::names::{self, Name};
+use super::names::{self, Finder, Name};
+use super::uses::{Reach, Uses};
 use super::vtables::{self, Vtable};
 
 /// What one executable says of its tasks.
@@ -24,6 +25,8 @@ pub struct Program {
     pub vtables: Vec<Vtable>,
     file: File,
     names: OnceLock<Vec<Arc<Name>>>,
+    uses: OnceLock<Vec<Uses>>,
+    waker_vtables: OnceLock<Vec<Vaddr>>,
 }
 
 impl Program {
@@ -52,6 +55,8 @@ impl Program {
                 .try_clone()
                 .map_err(|error| unreadable(error.to_string()))?,
             names: OnceLock::new(),
+            uses: OnceLock::new(),
+            waker_vtables: OnceLock::new(),
         }))
     }
 
@@ -72,6 +77,36 @@ impl Program {
     pub fn names(&self) -> &[Arc<Name>] {
         self.names
             .get_or_init(|| names::find(&self.elf, &self.file, &self.vtables))
+    }
+
+    /// What the code of tasks with this vtable can wait for.
+    pub fn uses(&self, vtable: u32) -> Uses {
+        let all = self.uses.get_or_init(|| {
+            let mut reach = Reach::new(Finder::new(&self.elf, &self.file));
+            let uses = |vtable: &Vtable| reach.uses(vtable.poll);
+            self.vtables.iter().map(uses).collect()
+        });
+        all.get(vtable as usize).copied().unwrap_or(Uses::NONE)
+    }
+
+    /// Whether `word` may be the address of a waker's vtable.
+    pub(super) fn is_waker_vtable(&self, loaded: Loaded, word: u64) -> bool {
+        let vtables = self
+            .waker_vtables
+            .get_or_init(|| vtables::waker_vtables(&self.elf, &self.file));
+        vtables
+            .binary_search(&loaded.bias.vaddr(RuntimeAddr(word)))
+            .is_ok()
+    }
+
+    /// Where the program's own data that `addr` is in ends.
+    pub(super) fn data(&self, loaded: Loaded, addr: u64) -> Option<u64> {
+        let vaddr = loaded.bias.vaddr(RuntimeAddr(addr));
+        self.elf.segments.iter().find_map(|segment| {
+            let delta = vaddr.offset_from(segment.vaddr)?;
+            let inside = segment.writable && delta < segment.mem_size;
+            inside.then(|| addr + (segment.mem_size - delta))
+        })
     }
 
     /// Where the vtables lie in a process.

@@ -59,6 +59,13 @@ impl Regions {
         self.parts.iter().map(|part| part.end - part.start).sum()
     }
 
+    /// Where the part that `addr` is in ends.
+    pub(super) fn end(&self, addr: u64) -> Option<u64> {
+        let before = self.parts.partition_point(|part| part.start <= addr);
+        let part = self.parts.get(before.checked_sub(1)?)?;
+        part.contains(&addr).then_some(part.end)
+    }
+
     /// The parts of `window` that are there, or that may be.
     fn present(&self, window: Range<u64>) -> Vec<Range<u64>> {
         /// Bits of an entry: Documentation/admin-guide/mm/pagemap.rst.

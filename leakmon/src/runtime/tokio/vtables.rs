@@ -48,6 +48,8 @@ pub struct Vtable {
     pub poll: Vaddr,
     /// `dealloc`.
     pub dealloc: Vaddr,
+    /// `drop_abort_handle`.
+    pub drop_abort_handle: Vaddr,
     /// Where the cell's trailer starts, in bytes; `None` before 1.21.
     pub trailer: Option<u32>,
     /// Where the scheduler lies in the cell, in bytes; `None` before 1.23.
@@ -216,6 +218,33 @@ pub(super) fn constants<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Constants {
     let mut data = data(elf, file).unwrap_or_default();
     relocate(elf, file, &mut data);
     Constants(data)
+}
+
+/// Where in `file` the vtable of a waker may be: four functions in a row. Of
+/// another vtable the size and the alignment are among its first four words.
+pub(super) fn waker_vtables<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Vec<Vaddr> {
+    /// `RawWakerVTable`, core/src/task/wake.rs: clone, wake, wake_by_ref, drop.
+    const FUNCTIONS: usize = 4;
+    let Constants(data) = constants(elf, file);
+    let starts = function_starts(elf, file);
+    let code = Code { elf, starts };
+    let mut found = Vec::new();
+    for block in &data {
+        let moved = |at: usize| block.moved.get(at).copied().unwrap_or(true);
+        let mut functions = 0;
+        for (at, word) in block.words.iter().enumerate() {
+            match moved(at) && code.is_function(*word) {
+                true => functions += 1,
+                false => functions = 0,
+            }
+            if functions >= FUNCTIONS {
+                let first = (at + 1 - FUNCTIONS) as u64;
+                found.push(block.addr.wrapping_add(first * 8));
+            }
+        }
+    }
+    found.sort_unstable();
+    found
 }
 
 /// Tags of PT_DYNAMIC: elf.h, and the generic ABI for DT_RELR.
@@ -400,6 +429,7 @@ impl Run {
             addr: self.addr.wrapping_add(skip as u64 * 8),
             poll: function(0),
             dealloc: function(layout.dealloc()),
+            drop_abort_handle: function(Layout::DROP_ABORT_HANDLE),
             trailer: None,
             scheduler: None,
             id: None,

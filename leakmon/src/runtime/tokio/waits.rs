@@ -1,8 +1,27 @@
-//! What tasks wait for.
+//! What tasks wait for, in tokio's words.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::Read as _;
+use std::sync::Arc;
+
+use rustc_hash::FxHashMap;
 
 use crate::task::{WaitClass, WaitKind};
 
-/// Judges what a task waits for.
+use super::cells::Cell;
+use super::layout::{Version, state};
+use super::uses::Uses;
+use super::wakers::{Found, Holder, Notify, Timer};
+
+/// What stands for a holder of the task's waker that is not known.
+const UNKNOWN: &str = "?";
+
+/// Different words that are told apart in one process.
+const MAX_WORDS: usize = 4096;
+
+/// Judges what a task waits for. Of one that waits for several things at once
+/// nothing is concluded.
 pub fn classify(reason: &str) -> WaitKind {
     let (class, missing) = match reason {
         "mpsc send" => (WaitClass::Hanging, "nobody received"),
@@ -13,4 +32,275 @@ pub fn classify(reason: &str) -> WaitKind {
         class,
         missing: Some(missing),
     }
+}
+
+/// What a task waits for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Waiting {
+    /// In words; `None` when nothing is known.
+    pub(super) words: Option<String>,
+    /// The header of the task whose end it waits for, if for nothing else.
+    pub(super) on: u64,
+}
+
+/// The wakers that an idle task has, by its references: its list has one, its
+/// JoinHandle another. An AbortHandle counts as a waker that is not found.
+pub(super) fn wakers(cell: &Cell) -> u64 {
+    let references = cell.state / state::REFERENCE;
+    references.saturating_sub(1 + u64::from(cell.is(state::JOIN_INTEREST)))
+}
+
+/// What a task waits for of which these wakers were `found`.
+pub(super) fn waiting(
+    cell: &Cell,
+    found: &[Found],
+    version: Option<Version>,
+    uses: impl Fn() -> Uses,
+    sockets: &mut Sockets,
+) -> Waiting {
+    let expected = wakers(cell);
+    if expected == 0 {
+        // Nobody can wake it.
+        return Waiting {
+            words: Some("pending".to_owned()),
+            on: 0,
+        };
+    }
+    let mut parts = BTreeSet::new();
+    let mut told = 0;
+    let mut on = 0;
+    for found in found {
+        let Some(holder) = found.holder else {
+            continue;
+        };
+        if let Holder::Join(header) = holder {
+            on = header;
+        }
+        if let Some(words) = words(holder, version, &uses, sockets) {
+            told += 1;
+            parts.insert(words);
+        }
+    }
+    // More than there are: some of it is not what it looks like.
+    if told > expected || told == 0 {
+        return Waiting::default();
+    }
+    let mut words: Vec<String> = parts.into_iter().collect();
+    if told < expected {
+        words.push(UNKNOWN.to_owned());
+    }
+    Waiting {
+        on: if words == ["join"] { on } else { 0 },
+        words: Some(words.join("|")),
+    }
+}
+
+/// What a waker's holder stands for; what it may stand for, where the code
+/// leaves several.
+fn words(
+    holder: Holder,
+    version: Option<Version>,
+    uses: &impl Fn() -> Uses,
+    sockets: &mut Sockets,
+) -> Option<String> {
+    let of = |candidates: &[(Uses, &'static str)]| {
+        let uses = uses();
+        let possible = candidates.iter().filter(|(by, _)| uses.any(*by));
+        let possible: Vec<&str> = possible.map(|(_, words)| *words).collect();
+        (!possible.is_empty()).then(|| possible.join(" or "))
+    };
+    // One list for all receivers.
+    let small_watch = version.is_none_or(|version| version.minor < 28);
+    match holder {
+        Holder::Join(_) => Some("join".to_owned()),
+        Holder::Acquire { sender: true, .. } => of(&[(Uses::MPSC, "mpsc send")]),
+        Holder::Acquire { write: true, .. } => of(&[(Uses::RWLOCK, "rwlock write")]),
+        Holder::Acquire { alone, .. } => of(&[
+            (Uses::MUTEX, "mutex"),
+            (Uses::RWLOCK, "rwlock read"),
+            (Uses::ONCE_CELL, "once cell"),
+            (Uses::SEMAPHORE, "semaphore"),
+            (if alone { Uses::NONE } else { Uses::MPSC }, "mpsc send"),
+        ]),
+        Holder::Notified(Notify::Chan) => of(&[(Uses::MPSC, "mpsc closed")]),
+        Holder::Notified(Notify::Barrier) => of(&[(Uses::BARRIER, "barrier")]),
+        Holder::Notified(Notify::Watch) => of(&[(Uses::WATCH, "watch changed")]),
+        Holder::Notified(Notify::Plain { alone }) => of(&[
+            (Uses::NOTIFY, "notify"),
+            (if alone { Uses::NONE } else { Uses::MPSC }, "mpsc closed"),
+            (
+                if small_watch {
+                    Uses::BARRIER
+                } else {
+                    Uses::NONE
+                },
+                "barrier",
+            ),
+            (
+                if small_watch { Uses::WATCH } else { Uses::NONE },
+                "watch changed",
+            ),
+        ]),
+        Holder::Broadcast => of(&[(Uses::BROADCAST, "broadcast recv")]),
+        Holder::Sleep(_) if !uses().any(Uses::SLEEP.and(Uses::INTERVAL)) => None,
+        Holder::Sleep(Timer::Own) => Some("sleep".to_owned()),
+        Holder::Sleep(Timer::Boxed) => Some(match uses().any(Uses::INTERVAL) {
+            true => "interval or sleep".to_owned(),
+            false => "sleep".to_owned(),
+        }),
+        Holder::Sleep(Timer::Periodic) => Some(match uses().any(Uses::INTERVAL) {
+            true => "interval".to_owned(),
+            false => "sleep".to_owned(),
+        }),
+        Holder::Io { fds, write } => Some(sockets.words(fds, write).to_owned()),
+        Holder::Mpsc => Some("mpsc recv".to_owned()),
+        Holder::Oneshot { recv, closed } => of(&[(
+            Uses::ONESHOT,
+            match (recv, closed) {
+                (true, false) => "oneshot recv",
+                (false, true) => "oneshot closed",
+                _ => "oneshot recv or oneshot closed",
+            },
+        )]),
+        Holder::JoinSet => of(&[(Uses::JOIN_SET, "join set")]),
+    }
+}
+
+/// Words that were met in one process, by numbers from 1.
+#[derive(Debug, Default)]
+pub(super) struct Words {
+    numbers: FxHashMap<Arc<str>, u16>,
+    words: Vec<Arc<str>>,
+}
+
+impl Words {
+    /// The number of `words`; 0 when there are too many.
+    pub(super) fn number(&mut self, words: &str) -> u16 {
+        if let Some(number) = self.numbers.get(words) {
+            return *number;
+        }
+        if self.words.len() >= MAX_WORDS {
+            return 0;
+        }
+        let words: Arc<str> = words.into();
+        self.words.push(Arc::clone(&words));
+        let number = self.words.len() as u16;
+        self.numbers.insert(words, number);
+        number
+    }
+
+    /// The words with this number.
+    pub(super) fn get(&self, number: u16) -> Option<Arc<str>> {
+        self.words.get(usize::from(number).checked_sub(1)?).cloned()
+    }
+}
+
+/// What is known of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Socket {
+    TcpListener,
+    TcpConnecting,
+    Tcp,
+    Udp,
+    UnixListener,
+    UnixStream,
+    UnixDatagram,
+}
+
+/// The sockets of a process, as `/proc` shows them when one is first asked for.
+#[derive(Debug)]
+pub(super) struct Sockets {
+    pid: u32,
+    by_inode: Option<FxHashMap<u64, Socket>>,
+}
+
+impl Sockets {
+    /// Of process `pid`.
+    pub(super) fn new(pid: u32) -> Sockets {
+        Sockets {
+            pid,
+            by_inode: None,
+        }
+    }
+
+    /// What a task waits for that waits until one of `fds` is ready to `write`,
+    /// or to read.
+    fn words(&mut self, fds: [u32; 4], write: Option<bool>) -> &'static str {
+        for fds in fds.chunks(2) {
+            let mut sockets = fds.iter().filter_map(|fd| self.socket(*fd));
+            if let Some(first) = sockets.next() {
+                let one = sockets.all(|other| other == first);
+                return words_of(one.then_some(first), write);
+            }
+        }
+        words_of(None, write)
+    }
+
+    fn socket(&mut self, fd: u32) -> Option<Socket> {
+        let link = fs::read_link(format!("/proc/{}/fd/{fd}", self.pid)).ok()?;
+        let inode = link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
+        let inode: u64 = inode.parse().ok()?;
+        let pid = self.pid;
+        let sockets = self.by_inode.get_or_insert_with(|| read_sockets(pid));
+        sockets.get(&inode).copied()
+    }
+}
+
+fn words_of(socket: Option<Socket>, write: Option<bool>) -> &'static str {
+    match (socket, write) {
+        (Some(Socket::TcpListener), Some(false)) => "tcp accept",
+        (Some(Socket::TcpConnecting), Some(true)) => "tcp connect",
+        (Some(Socket::Tcp), Some(false)) => "tcp read",
+        (Some(Socket::Tcp), Some(true)) => "tcp write",
+        (Some(Socket::Udp), Some(false)) => "udp recv",
+        (Some(Socket::Udp), Some(true)) => "udp send",
+        (Some(Socket::UnixListener), Some(false)) => "unix accept",
+        (Some(Socket::UnixStream), Some(false)) => "unix read",
+        (Some(Socket::UnixStream), Some(true)) => "unix write",
+        (Some(Socket::UnixDatagram), Some(false)) => "unix recv",
+        (Some(Socket::UnixDatagram), Some(true)) => "unix send",
+        (_, Some(false)) => "io read",
+        (_, Some(true)) => "io write",
+        (_, None) => "io",
+    }
+}
+
+fn read_sockets(pid: u32) -> FxHashMap<u64, Socket> {
+    /// Bytes of one of the tables that are read: 400,000 sockets.
+    const MOST: u64 = 64 << 20;
+    let mut sockets = FxHashMap::default();
+    for table in ["tcp", "tcp6", "udp", "udp6", "unix"] {
+        let mut text = String::new();
+        let opened = fs::File::open(format!("/proc/{pid}/net/{table}"));
+        if opened.is_ok_and(|file| file.take(MOST).read_to_string(&mut text).is_ok()) {
+            sockets.extend(text.lines().skip(1).filter_map(|line| socket(table, line)));
+        }
+    }
+    sockets
+}
+
+/// A line of one of the tables in `/proc/PID/net`: Documentation/networking/
+/// proc_net_tcp.rst; net/unix/af_unix.c, unix_seq_show.
+fn socket(table: &str, line: &str) -> Option<(u64, Socket)> {
+    let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+    let inode = match table {
+        "unix" => fields.get(6)?,
+        _ => fields.get(9)?,
+    };
+    let socket = match table {
+        // include/net/tcp_states.h: TCP_SYN_SENT 2, TCP_LISTEN 10.
+        "tcp" | "tcp6" => match *fields.get(3)? {
+            "0A" => Socket::TcpListener,
+            "02" => Socket::TcpConnecting,
+            _ => Socket::Tcp,
+        },
+        "udp" | "udp6" => Socket::Udp,
+        // __SO_ACCEPTCON; SOCK_DGRAM.
+        _ => match (*fields.get(3)?, *fields.get(4)?) {
+            ("00010000", _) => Socket::UnixListener,
+            (_, "0002") => Socket::UnixDatagram,
+            _ => Socket::UnixStream,
+        },
+    };
+    Some((inode.parse().ok()?, socket))
 }

@@ -74,6 +74,7 @@ fn at(addr: u64) -> Vtable {
         addr: Vaddr(addr),
         poll: Vaddr(function(0)),
         dealloc: Vaddr(function(2)),
+        drop_abort_handle: Vaddr(function(5)),
         trailer: Some(0xb0),
         scheduler: Some(0x20),
         id: Some(0x28),
