@@ -430,11 +430,13 @@ fn tasks_that_end_while_they_are_read_are_never_counted_wrong() {
         while started.elapsed() < Duration::from_millis(400) {
             let population = census.population().unwrap();
             // At most a thousand live at once, and of either worker one that has
-            // ended and is in the list for a moment more.
+            // ended and is in the list for a moment more. What is counted may be
+            // wrong by what is said to be unstable, and no more.
             assert!(
-                population.count <= resting + 1000 + 2,
-                "{name}: {}",
-                population.count
+                population.count <= resting + 1000 + 2 + population.unstable,
+                "{name}: {} and {} unstable",
+                population.count,
+                population.unstable
             );
             assert!(
                 population.count + population.unstable >= resting,

@@ -569,7 +569,8 @@ impl<M: Memory> Census<M> {
         let Some(place) = owner.place else {
             return self.walk_links(owner, found);
         };
-        let mut best: Option<(Vec<u64>, u64)> = None;
+        let mut exact: Option<Vec<u64>> = None;
+        let mut off = 0;
         for attempt in 0..RETRIES {
             let Some(heads) = place.read(&self.memory, owner.id)? else {
                 return Ok(None);
@@ -592,30 +593,29 @@ impl<M: Memory> Census<M> {
                 Some(heads) => heads.count,
                 None => return Ok(None),
             };
-            let off = counted.map_or(broken, |counted| counted.abs_diff(members.len() as u64));
-            let better = best.as_ref().is_none_or(|(_, least)| off <= *least);
-            if better {
-                best = Some((members, off));
-            }
-            if off == 0 && broken == 0 {
+            let differs = counted.map_or(0, |counted| counted.abs_diff(members.len() as u64));
+            off = differs.max(broken);
+            if off == 0 {
+                exact = Some(members);
                 break;
             }
         }
-        let (mut members, mut off) = best.unwrap_or_default();
-        if off > 0 {
-            // The list is changed faster than it can be walked. Each task says
-            // itself, too, whether it has ended.
-            let alive: Vec<u64> = found
-                .cells
-                .values()
-                .filter(|cell| cell.owner == owner.id && !cell.is(state::COMPLETE))
-                .map(|cell| cell.addr)
-                .collect();
-            let counted = place.read(&self.memory, owner.id)?.and_then(|h| h.count);
-            let alive_off = counted.map_or(off, |counted| counted.abs_diff(alive.len() as u64));
-            if counted.is_none() || alive_off <= off {
-                (members, off) = (alive, alive_off);
+        let members = match exact {
+            Some(members) => members,
+            // The list is changed faster than it can be walked, and a walk that was
+            // cut says nothing of what comes behind. But each task says itself, too,
+            // whether it has ended.
+            None => {
+                let alive = self.alive(owner, &place, found);
+                let heads = place.read(&self.memory, owner.id)?;
+                let counted = heads.and_then(|heads| heads.count);
+                off = counted.map_or(off, |counted| counted.abs_diff(alive.len() as u64));
+                off = off.max(1);
+                alive
             }
+        };
+        if off == 0 && self.lacks(owner, &place, &members, found)? {
+            return Ok(None);
         }
         found.unstable += off;
         let list = List {
@@ -623,12 +623,82 @@ impl<M: Memory> Census<M> {
             tasks: members.len() as u64,
             counted: place.read(&self.memory, owner.id)?.and_then(|h| h.count),
         };
-        // What was read again may be gone.
-        let cells = &found.cells;
-        found
-            .alive
-            .extend(members.into_iter().filter(|addr| cells.contains_key(addr)));
+        found.alive.extend(members);
         Ok(Some(list))
+    }
+
+    /// The tasks with a list's id that have not ended, by their own words.
+    fn alive(&self, owner: &Owner, place: &Place, found: &Found) -> Vec<u64> {
+        let mut ids = FxHashSet::default();
+        let has_ids = self.program.layout == Layout::V23;
+        found
+            .cells
+            .values()
+            .filter(|cell| self.is_live(owner, cell))
+            // A cell is put together on the stack, where a copy may stay: it has
+            // no neighbours, and the id of another.
+            .filter(|cell| place.is_sharded() || (cell.prev, cell.next) != (0, 0))
+            .filter(|cell| !has_ids || ids.insert(cell.id))
+            .map(|cell| cell.addr)
+            .collect()
+    }
+
+    /// Whether a task is of a list, by its own words, and has not ended.
+    fn is_live(&self, owner: &Owner, cell: &Cell) -> bool {
+        cell.owner == owner.id
+            && (self.program.layout != Layout::V23 || cell.scheduler == owner.scheduler)
+            && !cell.is(state::COMPLETE)
+    }
+
+    /// Whether a live task with the list's id is not in it: then the place is
+    /// another one, that looks like a list. A list that counts its tasks needs no
+    /// such proof.
+    fn lacks(
+        &self,
+        owner: &Owner,
+        place: &Place,
+        members: &[u64],
+        found: &mut Found,
+    ) -> Result<bool, Refusal> {
+        if place.is_sharded() {
+            return Ok(false);
+        }
+        let members: FxHashSet<u64> = members.iter().copied().collect();
+        let strays: Vec<Cell> = self
+            .alive(owner, place, found)
+            .iter()
+            .filter(|addr| !members.contains(addr))
+            .filter_map(|addr| found.cells.get(addr).copied())
+            .collect();
+        for stray in strays {
+            // It may have ended since, or be put into the list just now.
+            for attempt in 0.. {
+                let now = self.reader().known(&[(stray.addr, stray.vtable)])?;
+                let now = now[0].filter(|cell| cell.id == stray.id && self.is_live(owner, cell));
+                let Some(now) = now else {
+                    break;
+                };
+                let around = self.reader().unknown(&[now.prev, now.next])?;
+                let is_linked = around[0].is_some_and(|cell| cell.next == now.addr)
+                    || around[1].is_some_and(|cell| cell.prev == now.addr);
+                if !is_linked {
+                    break;
+                }
+                if attempt == RETRIES {
+                    return Ok(true);
+                }
+                let Some(heads) = place.read(&self.memory, owner.id)? else {
+                    return Ok(true);
+                };
+                found.add(vec![Some(now)]);
+                self.follow(owner, &heads, found)?;
+                let (members, _) = self::members(owner, &heads, found);
+                if members.contains(&stray.addr) {
+                    break;
+                }
+            }
+        }
+        Ok(false)
     }
 
     /// Reads what the lists lead to and is not known.
@@ -672,11 +742,7 @@ impl<M: Memory> Census<M> {
     /// The tasks of a list that was not found itself: each has a neighbour on
     /// either side, or is at an end.
     fn walk_links(&self, owner: &Owner, found: &mut Found) -> Result<Option<List>, Refusal> {
-        let is_member = |cell: &Cell| {
-            cell.owner == owner.id
-                && (self.program.layout != Layout::V23 || cell.scheduler == owner.scheduler)
-                && !cell.is(state::COMPLETE)
-        };
+        let is_member = |cell: &Cell| self.is_live(owner, cell);
         for _ in 0..MAX_STEPS {
             let unknown: Vec<u64> = found
                 .cells

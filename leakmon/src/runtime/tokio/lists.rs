@@ -200,14 +200,19 @@ pub(super) fn find<M: Memory>(
         .map(|bytes| word(bytes, 0).unwrap_or(0))
         .collect();
     let addr = |index: usize| cell.scheduler + index as u64 * 8;
+    // What has the fields of a sharded list is one, even when it is changed too
+    // fast to be read now: of what else is there, a queue of tasks that wait for a
+    // worker may look like a single list.
+    for index in 2..words.len() {
+        if let Some(signature) = Sharded::at(cell, &words, index) {
+            return signature.place(reader, cell);
+        }
+    }
     // What is near to it is it: an id is a small number, of which there are many.
     for index in 2..words.len() {
         let single = words[index];
         if single == 0 {
             continue;
-        }
-        if let Some(place) = sharded(reader, cell, &words, index)? {
-            return Ok(Some(place));
         }
         // Behind it, or in front, but not among the counts of the Arc.
         let behind = index + 2..index + 2 + NEAR;
@@ -229,51 +234,69 @@ pub(super) fn find<M: Memory>(
     Ok(None)
 }
 
-/// The sharded list whose slice is at `index`.
-fn sharded<M: Memory>(
-    reader: &Reader<M>,
-    cell: &Cell,
-    words: &[u64],
-    index: usize,
-) -> Result<Option<Place>, MemoryError> {
-    let [slice, len, rest @ ..] = words.get(index..).unwrap_or_default() else {
-        return Ok(None);
-    };
-    let (slice, len) = (*slice, *len);
-    if slice % 8 != 0 || !len.is_power_of_two() || len > MAX_SHARDS {
-        return Ok(None);
-    }
-    // The order of the fields as every compiler so far has it: how many were
-    // added from 1.39 on only.
-    let fields = [0, 1].into_iter().find(|added| {
-        rest.get(added + 1) == Some(&(len - 1)) && rest.get(added + 2) == Some(&cell.owner)
-    });
-    let Some(added) = fields else {
-        return Ok(None);
-    };
-    let count = rest[added];
-    let addr = |index: usize| cell.scheduler + index as u64 * 8;
-    for (stride, head) in SHAPES {
-        let place = Place::Sharded {
-            at: addr(index),
+/// The fields of a sharded list.
+struct Sharded {
+    /// Of the slice's pointer.
+    at: u64,
+    slice: u64,
+    len: u64,
+    /// Words between the slice and the number of tasks.
+    added: u64,
+    count: u64,
+}
+
+impl Sharded {
+    /// The list whose slice is at `index`.
+    fn at(cell: &Cell, words: &[u64], index: usize) -> Option<Sharded> {
+        let [slice, len, rest @ ..] = words.get(index..)? else {
+            return None;
+        };
+        let (slice, len) = (*slice, *len);
+        if slice == 0 || slice % 8 != 0 || !len.is_power_of_two() || len > MAX_SHARDS {
+            return None;
+        }
+        // The order of the fields as every compiler so far has it: how many were
+        // added from 1.39 on only.
+        let added = [0, 1].into_iter().find(|added| {
+            rest.get(added + 1) == Some(&(len - 1)) && rest.get(added + 2) == Some(&cell.owner)
+        })?;
+        Some(Sharded {
+            at: cell.scheduler + index as u64 * 8,
             slice,
             len,
-            stride,
-            head,
-            count: addr(index + 2 + added),
-            id: addr(index + 4 + added),
-        };
-        let Some(heads) = place.read(reader.memory, cell.owner)? else {
-            continue;
-        };
-        if heads.ends.len() as u64 <= count
-            && !heads.ends.is_empty()
-            && are_ends(reader, cell.owner, &heads.ends)?
-        {
-            return Ok(Some(place));
-        }
+            added: added as u64,
+            count: rest[added],
+        })
     }
-    Ok(None)
+
+    /// It, where its mutexes are of a known shape.
+    fn place<M: Memory>(
+        &self,
+        reader: &Reader<M>,
+        cell: &Cell,
+    ) -> Result<Option<Place>, MemoryError> {
+        for (stride, head) in SHAPES {
+            let place = Place::Sharded {
+                at: self.at,
+                slice: self.slice,
+                len: self.len,
+                stride,
+                head,
+                count: self.at + (2 + self.added) * 8,
+                id: self.at + (4 + self.added) * 8,
+            };
+            let Some(heads) = place.read(reader.memory, cell.owner)? else {
+                continue;
+            };
+            if heads.ends.len() as u64 <= self.count
+                && !heads.ends.is_empty()
+                && are_ends(reader, cell.owner, &heads.ends)?
+            {
+                return Ok(Some(place));
+            }
+        }
+        Ok(None)
+    }
 }
 
 /// Whether these are the ends of lists of tasks with this id.
