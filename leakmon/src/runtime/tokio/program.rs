@@ -22,7 +22,8 @@ pub struct Program {
     pub layout: Layout,
     /// The vtables of its tasks, by address.
     pub vtables: Vec<Vtable>,
-    file: File,
+    /// The file itself.
+    pub file: File,
     names: OnceLock<Vec<Arc<Name>>>,
 }
 

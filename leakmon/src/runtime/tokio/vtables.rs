@@ -48,6 +48,8 @@ pub struct Vtable {
     pub poll: Vaddr,
     /// `dealloc`.
     pub dealloc: Vaddr,
+    /// `shutdown`.
+    pub shutdown: Vaddr,
     /// Where the cell's trailer starts, in bytes; `None` before 1.21.
     pub trailer: Option<u32>,
     /// Where the scheduler lies in the cell, in bytes; `None` before 1.23.
@@ -400,6 +402,7 @@ impl Run {
             addr: self.addr.wrapping_add(skip as u64 * 8),
             poll: function(0),
             dealloc: function(layout.dealloc()),
+            shutdown: function(layout.functions() - 1),
             trailer: None,
             scheduler: None,
             id: None,

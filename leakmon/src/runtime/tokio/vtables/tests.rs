@@ -74,6 +74,7 @@ fn at(addr: u64) -> Vtable {
         addr: Vaddr(addr),
         poll: Vaddr(function(0)),
         dealloc: Vaddr(function(2)),
+        shutdown: Vaddr(function(6)),
         trailer: Some(0xb0),
         scheduler: Some(0x20),
         id: Some(0x28),
