@@ -6,7 +6,7 @@ use super::plan::{PROGRAMS, Role};
 use crate::task::{Histogram, Runs, SiteFlow, SiteKey};
 
 /// What the probes counted in one process since it was first attached. Every
-/// figure only grows.
+/// figure but `moved` only grows.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Counts {
     /// Spawns and exits by site, ordered by site.
@@ -16,6 +16,9 @@ pub struct Counts {
     /// tokio's live tasks, as far as they were polled or said to be there,
     /// ordered by header.
     pub tasks: Vec<TaskRun>,
+    /// Spawns and exits that were counted while `tasks` were read: of so many
+    /// tasks, `sites` may know more or less.
+    pub moved: u64,
     /// Threads that were made or switched while the probes were attached,
     /// ordered by thread id. One that ended while they were away may be left.
     pub threads: Vec<ThreadRun>,

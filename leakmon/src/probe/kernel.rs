@@ -1236,13 +1236,17 @@ impl Attached {
     pub fn read(&self) -> Result<Counts, Error> {
         let mut state = lock(&self.shared);
         state.logger.flush();
-        let mut sites: Vec<(SiteKey, SiteFlow)> = state
-            .sites()?
-            .into_iter()
-            .filter(|(key, _)| key.target == u64::from(self.index))
-            .map(|(key, flow)| (key.site, flow))
-            .collect();
-        sites.sort_unstable_by_key(|&(site, _)| site);
+        let read_sites = |state: &State| {
+            let mut sites: Vec<(SiteKey, SiteFlow)> = state
+                .sites()?
+                .into_iter()
+                .filter(|(key, _)| key.target == u64::from(self.index))
+                .map(|(key, flow)| (key.site, flow))
+                .collect();
+            sites.sort_unstable_by_key(|&(site, _)| site);
+            Ok::<_, Error>(sites)
+        };
+        let mut sites = read_sites(&state)?;
         let mut waits = Vec::new();
         for (key, slot) in state.waits()? {
             if key.target != u32::from(self.index) {
@@ -1268,6 +1272,7 @@ impl Attached {
         }
         waits.sort_unstable_by_key(|wait| (wait.site, wait.reason, wait.pcs));
         let mut tasks = Vec::new();
+        let mut moved = 0;
         if self.roles.iter().any(|role| role.is_poll()) {
             tasks = state
                 .tasks(self.index)
@@ -1279,6 +1284,13 @@ impl Attached {
                 .map(|(_, task)| task_run(&task, self.target.lifecycle_since))
                 .collect();
             tasks.sort_unstable_by_key(|task| task.header);
+            let all = |sites: &[(SiteKey, SiteFlow)]| -> u64 {
+                let flows = sites.iter().map(|(_, flow)| flow);
+                flows.map(|flow| flow.spawned + flow.exited).sum()
+            };
+            let before = all(&sites);
+            sites = read_sites(&state)?;
+            moved = all(&sites).saturating_sub(before);
         }
         let mut threads = Vec::new();
         if self.has_tracepoints() {
@@ -1297,6 +1309,7 @@ impl Attached {
             sites,
             waits,
             tasks,
+            moved,
             threads,
             hits,
             drops,

@@ -139,7 +139,8 @@ impl Live {
             && status.attached >= Tier::Lifecycle
             && before_status.gaps == status.gaps;
         let totals = |counts: &Counts| self.tasks.totals(counts);
-        let checkpoint = Checkpoint::new(&population, totals(&before), totals(&after));
+        let checkpoint = Checkpoint::new(&population, totals(&before), totals(&after))
+            .less_certain_by(before.moved + after.moved);
         let reconciliation = match &probing.base {
             Some((base, gaps)) if unbroken && *gaps == status.gaps => {
                 Some(reconcile(base, &checkpoint))
