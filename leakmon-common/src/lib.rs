@@ -38,9 +38,11 @@ pub type Layout = [u64; LAYOUT_WORDS];
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, PartialOrd, Ord)]
 pub struct SiteKey {
-    /// Return address of the `go` statement (`runtime.g.gopc`).
+    /// Return address of the `go` statement (`runtime.g.gopc`). tokio: address of
+    /// the `Location` of the spawn, 0 where it keeps none.
     pub created_at: u64,
-    /// Entry of the function that the task runs (`runtime.g.startpc`).
+    /// Entry of the function that the task runs (`runtime.g.startpc`). tokio: the
+    /// task's vtable.
     pub entry: u64,
 }
 
@@ -138,7 +140,13 @@ pub struct WaitCount {
     pub resumes: u64,
     /// Sum of the blocked durations of `resumes`, in nanoseconds.
     pub total_ns: u64,
-    /// The same durations, see [`histogram_bucket`].
+    /// tokio: polls that ended, whatever became of the task then.
+    pub runs: u64,
+    /// Sum of their durations, in nanoseconds.
+    pub busy_ns: u64,
+    /// The longest of them, in nanoseconds.
+    pub longest_ns: u64,
+    /// The blocked durations, see [`histogram_bucket`].
     pub histogram: [u64; HISTOGRAM_BUCKETS],
 }
 
@@ -148,6 +156,9 @@ impl Default for WaitCount {
             parks: 0,
             resumes: 0,
             total_ns: 0,
+            runs: 0,
+            busy_ns: 0,
+            longest_ns: 0,
             histogram: [0; HISTOGRAM_BUCKETS],
         }
     }
@@ -343,12 +354,12 @@ mod tests {
         assert_eq!(size_of::<TargetSite>(), 3 * 8);
         assert_eq!(size_of::<SiteCount>(), 2 * 8);
         assert_eq!(size_of::<WaitKey>(), 2 * 4 + 2 * 8 + WAIT_FRAMES * 8);
-        assert_eq!(size_of::<WaitCount>(), (3 + HISTOGRAM_BUCKETS) * 8);
+        assert_eq!(size_of::<WaitCount>(), (6 + HISTOGRAM_BUCKETS) * 8);
         assert_eq!(size_of::<Parked>(), 2 * 8 + 2 * 4 + WAIT_FRAMES * 8);
         assert_eq!(size_of::<threads::KernelOffsets>(), 6 * 4);
         assert_eq!(size_of::<threads::ThreadRecord>(), 7 * 8 + 2 * 4);
-        assert_eq!(size_of::<tokio::TaskEntry>(), 10 * 8 + 2 * 4);
-        assert_eq!(size_of::<tokio::Polls>(), 9 * 8);
+        assert_eq!(size_of::<tokio::TaskEntry>(), 7 * 8 + 2 * 4);
+        assert_eq!(size_of::<tokio::Polls>(), 10 * 8);
         assert_eq!(size_of::<threads::ThreadEntry>(), 8 * 8 + 2 * 4);
         assert_eq!(
             size_of::<threads::StackCopy>(),

@@ -12,10 +12,21 @@ pub mod slot {
     pub const POLL: usize = 0;
     /// None: never hit.
     pub const IDLE: usize = 1;
+    /// As [`POLL`], at an instruction that the kernel does not emulate.
+    pub const POLL_STEPPED: usize = 2;
+    /// A call of a vtable's `shutdown`.
+    pub const SHUTDOWN: usize = 3;
 }
 
-/// `COMPLETE` of tokio/src/runtime/task/state.rs.
+/// `RUNNING` of tokio/src/runtime/task/state.rs.
+pub const RUNNING: u64 = 1;
+
+/// `COMPLETE` of the same.
 pub const COMPLETE: u64 = 2;
+
+/// `NOTIFIED` of the same. Only a task that has it is in a queue, and so has a
+/// `Header.queue_next`.
+pub const NOTIFIED: u64 = 4;
 
 /// `REF_COUNT_SHIFT` of the same.
 pub const REFERENCES_SHIFT: u32 = 6;
@@ -24,20 +35,20 @@ pub const REFERENCES_SHIFT: u32 = 6;
 /// else since.
 pub const MAX_REFERENCES: u64 = 1 << 24;
 
-/// The last word of a header that is looked at: `vtable` up to tokio 1.20.
-pub const HEADER_WORDS: usize = 5;
+/// Words of a header that are looked at, up to `owner_id` of tokio 1.20. Every
+/// cell has as many.
+pub const HEADER_WORDS: usize = 6;
 
 /// Where the fields lie.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Layout {
-    /// `Header.vtable`, in words: 2, or 4 up to tokio 1.20. A vtable begins with
-    /// its `poll` in all versions.
+    /// `Header.vtable`, in words: 2, or 4 up to tokio 1.20. `Header.owner_id`
+    /// lies behind it in all versions.
     pub vtable: u8,
 }
 
 impl Layout {
-    /// As a plan carries it. The task id's offset is each place's argument, in
-    /// words; 0 where tasks have none (before tokio 1.23).
+    /// As a plan carries it.
     pub const fn words(self) -> crate::Layout {
         let mut words = [0; LAYOUT_WORDS];
         words[0] = self.vtable as u64;
@@ -49,6 +60,47 @@ impl Layout {
     pub const fn of(words: &crate::Layout) -> Self {
         Layout {
             vtable: words[0] as u8,
+        }
+    }
+}
+
+/// What the programs must know of the tasks at one place: a place's argument.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Argument {
+    /// Where the task's id lies in the cell, in bytes, a multiple of 8; 0 where
+    /// it is not known (before tokio 1.23).
+    pub id: u16,
+    /// The word behind the id is the address of the place of the spawn (from
+    /// tokio 1.46 on, with `tokio_unstable`).
+    pub located: bool,
+    /// The kernel does not emulate the place's instruction.
+    pub stepped: bool,
+}
+
+impl Argument {
+    const LOCATED: u16 = 1 << 14;
+    const STEPPED: u16 = 1 << 15;
+
+    /// As a cookie carries it.
+    #[inline(always)]
+    pub const fn pack(self) -> u16 {
+        let mut packed = self.id >> 3;
+        if self.located {
+            packed |= Self::LOCATED;
+        }
+        if self.stepped {
+            packed |= Self::STEPPED;
+        }
+        packed
+    }
+
+    /// The reverse of [`Argument::pack`].
+    #[inline(always)]
+    pub const fn unpack(packed: u16) -> Self {
+        Argument {
+            id: (packed & (Self::LOCATED - 1)) << 3,
+            located: packed & Self::LOCATED != 0,
+            stepped: packed & Self::STEPPED != 0,
         }
     }
 }
@@ -65,22 +117,17 @@ pub struct TaskEntry {
     pub id: u64,
     /// The vtable's address.
     pub vtable: u64,
-    /// The entry of its `poll`: the task's site.
-    pub poll: u64,
+    /// The address of the place where it was spawned; 0 where that is not known.
+    pub created_at: u64,
     /// Time of the first poll that was seen, CLOCK_MONOTONIC nanoseconds; 0: none
     /// was.
     pub first_seen: u64,
-    /// Polls that ended.
-    pub polls: u64,
-    /// Sum of their durations, in nanoseconds.
-    pub busy_ns: u64,
-    /// The longest of them.
-    pub longest_ns: u64,
-    /// When the latest of them ended.
+    /// When the latest poll ended; 0: none was seen to.
     pub last_end: u64,
     /// Since when it is being polled; 0: it is not.
     pub polling_since: u64,
-    /// Slot of its idle time in `WAIT_COUNTS`, or [`crate::NO_SLOT`].
+    /// Slot of its site's polls and idle time in `WAIT_COUNTS`, or
+    /// [`crate::NO_SLOT`].
     pub slot: u32,
     /// 1: it was there before the probes came, or may have been.
     pub known: u32,
@@ -89,8 +136,9 @@ pub struct TaskEntry {
 /// Bits of a header's address: it is aligned to 8 bytes and has at most 48.
 const ADDRESS_BITS: u32 = 45;
 
-/// A task in one word: its header's address and the low bits of its id. It is
-/// what the return of a poll knows of its entry.
+/// A task in one word: its header's address and the low bits of its id. And a poll
+/// in one word, which is what its return knows of it: with the low bits of the time
+/// of its start.
 #[inline(always)]
 pub const fn owner(header: u64, id: u64) -> u64 {
     (header >> 3 & ((1 << ADDRESS_BITS) - 1)) | id << ADDRESS_BITS
@@ -110,10 +158,12 @@ pub const NESTED_POLLS: usize = 8;
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Polls {
+    /// [`crate::Target::lifecycle_since`] of their time.
+    pub since: u64,
     /// How many there are; those beyond [`NESTED_POLLS`] are not kept.
     pub depth: u64,
-    /// [`owner`] of each; 0: the poll is not counted.
-    pub owners: [u64; NESTED_POLLS],
+    /// The word of each, see [`owner`]; 0: the poll is not counted.
+    pub polls: [u64; NESTED_POLLS],
 }
 
 /// Numbers that no helper has, for calls of `bpf_session_is_return` and
@@ -133,6 +183,20 @@ mod tests {
         assert_ne!(owner(header, 1), owner(header, 2));
         assert_ne!(owner(header, 1), owner(header + 128, 1));
         assert_ne!(owner(header, 0), 0);
+    }
+
+    #[test]
+    fn arguments_round_trip() {
+        for id in [0, 0x20, 0x1008, 0xfff8] {
+            for (located, stepped) in [(false, false), (true, false), (false, true), (true, true)] {
+                let argument = Argument {
+                    id,
+                    located,
+                    stepped,
+                };
+                assert_eq!(Argument::unpack(argument.pack()), argument);
+            }
+        }
     }
 
     #[test]

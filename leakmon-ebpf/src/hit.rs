@@ -80,13 +80,14 @@ impl Hit<'_> {
         Self::of::<SLOT>(cookie)
     }
 
-    /// As [`Hit::new`], for the return of a call that was counted as a hit.
+    /// As [`Hit::new`], without counting a hit: for the return of a call, which
+    /// was counted, and for programs that have several slots.
     ///
     /// # Safety
     ///
     /// As [`Hit::new`].
     #[inline(always)]
-    pub unsafe fn returned(ctx: *mut c_void) -> Option<Self> {
+    pub unsafe fn uncounted(ctx: *mut c_void) -> Option<Self> {
         // SAFETY: as the caller says.
         Self::find(Cookie::unpack(unsafe { bpf_get_attach_cookie(ctx) }))
     }
@@ -95,9 +96,15 @@ impl Hit<'_> {
     #[inline(always)]
     pub fn of<const SLOT: usize>(cookie: Cookie) -> Option<Self> {
         let hit = Self::find(cookie)?;
-        // SAFETY: the map's value.
-        unsafe { add(&raw mut (*hit.counters).hits[SLOT], 1) };
+        hit.counted::<SLOT>();
         Some(hit)
+    }
+
+    /// Counts it as a hit of the program with this slot.
+    #[inline(always)]
+    pub fn counted<const SLOT: usize>(&self) {
+        // SAFETY: the map's value.
+        unsafe { add(&raw mut (*self.counters).hits[SLOT], 1) };
     }
 
     #[inline(always)]
@@ -234,5 +241,27 @@ pub fn count_resume(slot: u32, nanos: u64) {
         add(&raw mut (*count).resumes, 1);
         add(&raw mut (*count).total_ns, nanos);
         add(&raw mut (*count).histogram[histogram_bucket(nanos)], 1);
+    }
+}
+
+/// Counts that a task ran for so long.
+#[inline(always)]
+pub fn count_run(slot: u32, nanos: u64) {
+    let Some(count) = WAIT_COUNTS.get_ptr_mut(slot) else {
+        return;
+    };
+    // SAFETY: the map's value.
+    unsafe {
+        add(&raw mut (*count).runs, 1);
+        add(&raw mut (*count).busy_ns, nanos);
+        let longest = &raw mut (*count).longest_ns;
+        let before = longest.read_volatile();
+        if nanos > before {
+            let found = exchange(longest, before, nanos);
+            // Another program on this CPU came between; a third one does not.
+            if found != before && nanos > found {
+                exchange(longest, found, nanos);
+            }
+        }
     }
 }

@@ -16,12 +16,13 @@ use aya_log_ebpf::warn;
 use leakmon_common::{
     Dropped, NO_SLOT, SiteKey, WAIT_FRAMES, parked_key,
     tokio::{
-        COMPLETE, HEADER_WORDS, Layout, MAX_REFERENCES, NESTED_POLLS, Polls, REFERENCES_SHIFT,
-        SESSION_COOKIE, SESSION_IS_RETURN, TaskEntry, header_of, owner, slot,
+        Argument, COMPLETE, HEADER_WORDS, Layout, MAX_REFERENCES, NESTED_POLLS, NOTIFIED, Polls,
+        REFERENCES_SHIFT, RUNNING, SESSION_COOKIE, SESSION_IS_RETURN, TaskEntry, header_of, owner,
+        slot,
     },
 };
 
-use crate::hit::{End, Hit, count_park, count_resume, exchange};
+use crate::hit::{End, Hit, count_park, count_resume, count_run, exchange};
 use crate::maps::{POLLING, TASKS};
 
 /// First argument of a function in C's calling convention.
@@ -55,6 +56,19 @@ fn session_cookie(ctx: *mut c_void) -> *mut u64 {
     unsafe { call(ctx) }
 }
 
+/// The hit of a call of `poll`, counted by what it costs.
+#[inline(always)]
+fn call<'a>(context: *mut c_void) -> Option<Hit<'a>> {
+    // SAFETY: the context is the program's own.
+    let hit = unsafe { Hit::uncounted(context) }?;
+    if Argument::unpack(hit.cookie.argument).stepped {
+        hit.counted::<{ slot::POLL_STEPPED }>();
+    } else {
+        hit.counted::<{ slot::POLL }>();
+    }
+    Some(hit)
+}
+
 /// A call of `poll`, and its return. 1 asks the kernel not to see the return.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "uprobe")]
@@ -63,48 +77,53 @@ pub extern "C" fn tokio_poll_session(context: *mut c_void) -> u32 {
     let cookie = session_cookie(context);
     if session_is_return(context) {
         // SAFETY: the session's own word.
-        let owner = unsafe { *cookie };
+        let poll = unsafe { *cookie };
         // SAFETY: the context is the program's own.
-        if let Some(hit) = unsafe { Hit::returned(context) } {
-            end(&ctx, &hit, owner);
+        if let Some(hit) = unsafe { Hit::uncounted(context) } {
+            end(&ctx, &hit, poll);
         }
         return 0;
     }
-    // SAFETY: the context is the program's own.
-    let Some(hit) = (unsafe { Hit::new::<{ slot::POLL }>(context) }) else {
+    let Some(hit) = call(context) else {
         return 1;
     };
-    let Some(owner) = begin(&ctx, &hit, first(&ctx)) else {
+    let Some(poll) = begin(&ctx, &hit, first(&ctx)) else {
         return 1;
     };
     // SAFETY: the session's own word.
-    unsafe { *cookie = owner };
+    unsafe { *cookie = poll };
     0
 }
 
 /// A call of `poll`.
 #[uprobe]
 pub fn tokio_poll(ctx: ProbeContext) -> u32 {
-    // SAFETY: the context is the program's own.
-    let Some(hit) = (unsafe { Hit::new::<{ slot::POLL }>(ctx.as_ptr()) }) else {
+    let Some(hit) = call(ctx.as_ptr()) else {
         return 0;
     };
-    let owner = begin(&ctx, &hit, first(&ctx)).unwrap_or(0);
+    let poll = begin(&ctx, &hit, first(&ctx)).unwrap_or(0);
     let thread = bpf_get_current_pid_tgid();
+    let since = hit.target.lifecycle_since;
     if let Some(polls) = POLLING.get_ptr_mut(thread) {
         // SAFETY: the thread's own entry.
         let polls = unsafe { &mut *polls };
-        if let Some(place) = polls.owners.get_mut(polls.depth as usize) {
-            *place = owner;
+        if polls.since != since {
+            // Those returned while the probes were away.
+            polls.since = since;
+            polls.depth = 0;
+        }
+        if let Some(place) = polls.polls.get_mut(polls.depth as usize) {
+            *place = poll;
         }
         polls.depth += 1;
         return 0;
     }
     let mut polls = Polls {
+        since,
         depth: 1,
         ..Polls::default()
     };
-    polls.owners[0] = owner;
+    polls.polls[0] = poll;
     if POLLING.insert(thread, polls, 0).is_err() && hit.dropped(Dropped::ThreadsFull) {
         warn!(&ctx, "the map of polling threads is full");
     }
@@ -115,7 +134,7 @@ pub fn tokio_poll(ctx: ProbeContext) -> u32 {
 #[uretprobe]
 pub fn tokio_poll_returned(ctx: RetProbeContext) -> u32 {
     // SAFETY: the context is the program's own.
-    let Some(hit) = (unsafe { Hit::returned(ctx.as_ptr()) }) else {
+    let Some(hit) = (unsafe { Hit::uncounted(ctx.as_ptr()) }) else {
         return 0;
     };
     let Some(polls) = POLLING.get_ptr_mut(bpf_get_current_pid_tgid()) else {
@@ -123,95 +142,166 @@ pub fn tokio_poll_returned(ctx: RetProbeContext) -> u32 {
     };
     // SAFETY: the thread's own entry.
     let polls = unsafe { &mut *polls };
-    if polls.depth == 0 {
+    if polls.depth == 0 || polls.since != hit.target.lifecycle_since {
         return 0;
     }
     polls.depth -= 1;
     let index = polls.depth as usize;
     if index < NESTED_POLLS {
-        end(&ctx, &hit, polls.owners[index]);
+        end(&ctx, &hit, polls.polls[index]);
     }
     0
 }
 
-/// Where a task was spawned, as far as its memory tells: its `poll`.
+/// A call of `shutdown`, by which a runtime that ends, or a `LocalSet`, ends a task
+/// without a poll. One that is being polled ends with that poll.
+#[uprobe]
+pub fn tokio_shutdown(ctx: ProbeContext) -> u32 {
+    // SAFETY: the context is the program's own.
+    let Some(hit) = (unsafe { Hit::new::<{ slot::SHUTDOWN }>(ctx.as_ptr()) }) else {
+        return 0;
+    };
+    if hit.target.lifecycle_since == 0 {
+        return 0;
+    }
+    let header = first(&ctx);
+    let Some(entry) = TASKS.get_ptr_mut(parked_key(hit.cookie.target, header)) else {
+        return 0;
+    };
+    let Some(state) = hit.read::<u64>(header, 0) else {
+        return 0;
+    };
+    let id = Argument::unpack(hit.cookie.argument).id;
+    // SAFETY: the map's value.
+    let entry = unsafe { &mut *entry };
+    if state & (RUNNING | COMPLETE) != 0 || (id != 0 && hit.read(header, id) != Some(entry.id)) {
+        return 0;
+    }
+    ended(&ctx, &hit, entry, entry.owner);
+    0
+}
+
+/// Where a task was spawned, as far as its memory tells.
 #[inline(always)]
-fn site(poll: u64) -> SiteKey {
+fn site(entry: &TaskEntry) -> SiteKey {
     SiteKey {
-        created_at: 0,
-        entry: poll,
+        created_at: entry.created_at,
+        entry: entry.vtable,
     }
 }
 
-/// A poll begins; the task's [`owner`] when it is followed.
+/// Counts the end of the task that had `owner`, unless somebody else does.
+#[inline(always)]
+fn ended<C: EbpfContext>(ctx: &C, hit: &Hit<'_>, entry: &mut TaskEntry, owner: u64) {
+    // Before the exchange: behind it, the entry may be written anew.
+    let site = site(entry);
+    // SAFETY: the map's value.
+    if owner != 0
+        && unsafe { exchange(&raw mut entry.owner, owner, 0) } == owner
+        && hit.target.learning == 0
+    {
+        hit.count(ctx, site, End::Exited);
+    }
+}
+
+/// Counts the run of the poll that began at `since`, unless somebody else does: its
+/// return, and the start of the next poll of the task, or of another one in its
+/// memory, may come at once on two threads.
+#[inline(always)]
+fn settle(entry: &mut TaskEntry, since: u64, now: u64) -> bool {
+    // Before the exchange: who begins the next poll reads the one behind it, and
+    // may write the entry anew.
+    entry.last_end = now;
+    let slot = entry.slot;
+    // SAFETY: the map's value.
+    let ours = unsafe { exchange(&raw mut entry.polling_since, since, 0) } == since;
+    if ours {
+        count_run(slot, now.wrapping_sub(since));
+    }
+    ours
+}
+
+/// A poll begins; the word that its return needs, when the task is followed.
 #[inline(always)]
 fn begin<C: EbpfContext>(ctx: &C, hit: &Hit<'_>, header: u64) -> Option<u64> {
     if hit.target.lifecycle_since == 0 {
         return None;
     }
-    let id_offset = hit.cookie.argument << 3;
-    let id = if id_offset == 0 {
-        None
-    } else {
-        Some(hit.read::<u64>(header, id_offset)?)
+    let argument = Argument::unpack(hit.cookie.argument);
+    let id = match argument.id {
+        0 => None,
+        offset => Some(hit.read::<u64>(header, offset)?),
     };
     // SAFETY: reads the clock.
     let now = unsafe { bpf_ktime_get_ns() };
     let key = parked_key(hit.cookie.target, header);
     let entry = TASKS.get_ptr_mut(key);
     if let Some(entry) = entry {
-        // SAFETY: the map's value; only the thread that polls the task writes it,
-        // apart from `owner`.
+        // SAFETY: the map's value. Only the thread that polls the task writes it,
+        // and the one that polled it before: see `settle`.
         let entry = unsafe { &mut *entry };
         let same = id.is_none_or(|id| id == entry.id);
-        if same && entry.owner != 0 {
-            if entry.last_end >= hit.target.blocking_since
-                && hit.target.blocking_since != 0
-                && entry.slot != NO_SLOT
+        let blocking = hit.target.blocking_since;
+        if entry.owner != 0 {
+            // SAFETY: as above.
+            let since = unsafe { (&raw const entry.polling_since).read_volatile() };
+            // Its return has not come yet.
+            if since >= hit.target.lifecycle_since
+                && settle(entry, since, now)
+                && same
+                && blocking != 0
             {
+                count_park(entry.slot);
+            }
+        }
+        if same && entry.owner != 0 {
+            if entry.slot == NO_SLOT {
+                entry.slot = hit.wait_slot(ctx, site(entry), 0, [0; WAIT_FRAMES]);
+            } else if entry.last_end >= blocking && blocking != 0 {
                 count_resume(entry.slot, now.wrapping_sub(entry.last_end));
             }
             entry.polling_since = now;
-            return Some(entry.owner);
+            return Some(owner(header, now));
         }
         if same && id.is_some() {
             // It has ended, and is polled once more: tokio sees that, too.
             return None;
         }
+        // Its memory is another's by now. The one of the two that ends the task
+        // counts its end.
+        ended(ctx, hit, entry, entry.owner);
     }
     let words: [u64; HEADER_WORDS] = hit.read(header, 0)?;
-    if words[0] & COMPLETE != 0 {
+    let (vtable, list) = identity(hit, &words);
+    // What is in no list is a closure on a blocking thread, no task: a worker of
+    // the runtime, too, is one.
+    if words[0] & COMPLETE != 0 || list == 0 {
         return None;
     }
-    let vtable = vtable(hit, &words);
-    let poll: u64 = hit.read(vtable, 0)?;
+    let created_at = if argument.located {
+        hit.read(header, argument.id + 8)?
+    } else {
+        0
+    };
     let id = id.unwrap_or(now);
+    let place = SiteKey {
+        created_at,
+        entry: vtable,
+    };
     let fresh = TaskEntry {
         owner: owner(header, id),
         id,
         vtable,
-        poll,
+        created_at,
         first_seen: now,
+        last_end: 0,
         polling_since: now,
-        slot: NO_SLOT,
+        slot: hit.wait_slot(ctx, place, 0, [0; WAIT_FRAMES]),
         known: hit.target.learning,
-        ..TaskEntry::default()
     };
     match entry {
-        Some(entry) => {
-            // SAFETY: as above.
-            unsafe {
-                let before = (*entry).owner;
-                // The one of the two that ends the task counts its end.
-                if before != 0
-                    && exchange(&raw mut (*entry).owner, before, 0) == before
-                    && hit.target.learning == 0
-                {
-                    hit.count(ctx, site((*entry).poll), End::Exited);
-                }
-                *entry = fresh;
-            }
-        }
+        // SAFETY: as above.
+        Some(entry) => unsafe { *entry = fresh },
         None => {
             if TASKS.insert(key, fresh, u64::from(BPF_NOEXIST)).is_err() {
                 if hit.dropped(Dropped::TasksFull) {
@@ -222,64 +312,66 @@ fn begin<C: EbpfContext>(ctx: &C, hit: &Hit<'_>, header: u64) -> Option<u64> {
         }
     }
     if hit.target.learning == 0 {
-        hit.count(ctx, site(poll), End::Spawned);
+        hit.count(ctx, place, End::Spawned);
     }
-    Some(fresh.owner)
+    Some(owner(header, now))
 }
 
-/// The vtable's address, of a header's words.
+/// The vtable's address and the number of the list of tasks that it is in, of a
+/// header's words.
 #[inline(always)]
-fn vtable(hit: &Hit<'_>, words: &[u64; HEADER_WORDS]) -> u64 {
+fn identity(hit: &Hit<'_>, words: &[u64; HEADER_WORDS]) -> (u64, u64) {
     if Layout::of(&hit.target.layout).vtable == 4 {
-        words[4]
+        (words[4], words[5])
     } else {
-        words[2]
+        (words[2], words[3])
     }
 }
 
-/// A poll ends.
+/// A poll ends, which [`begin`] gave.
 #[inline(always)]
-fn end<C: EbpfContext>(ctx: &C, hit: &Hit<'_>, owner: u64) {
-    let since = hit.target.lifecycle_since;
-    if owner == 0 || since == 0 {
+fn end<C: EbpfContext>(ctx: &C, hit: &Hit<'_>, poll: u64) {
+    if poll == 0 || hit.target.lifecycle_since == 0 {
         return;
     }
-    let header = header_of(owner);
+    let header = header_of(poll);
     let Some(entry) = TASKS.get_ptr_mut(parked_key(hit.cookie.target, header)) else {
         return;
     };
     // SAFETY: as in `begin`.
     let entry = unsafe { &mut *entry };
-    if entry.owner != owner || entry.polling_since < since {
-        // Its memory already is another task's, whose first poll counted its end;
-        // or the probes were away meanwhile.
-        return;
-    }
+    // SAFETY: the map's value.
+    let (task, since) = unsafe {
+        (
+            (&raw const entry.owner).read_volatile(),
+            (&raw const entry.polling_since).read_volatile(),
+        )
+    };
     // SAFETY: reads the clock.
     let now = unsafe { bpf_ktime_get_ns() };
-    let nanos = now.wrapping_sub(entry.polling_since);
-    entry.polls += 1;
-    entry.busy_ns += nanos;
-    if nanos > entry.longest_ns {
-        entry.longest_ns = nanos;
+    // Otherwise the next poll has begun, of this task or of another in its memory,
+    // and counted what there was to count; or the probes were away meanwhile.
+    if since < hit.target.lifecycle_since
+        || owner(header, since) != poll
+        || !settle(entry, since, now)
+    {
+        return;
     }
-    entry.last_end = now;
-    entry.polling_since = 0;
+    // `task` was the task of this poll: the next one's is written after it is
+    // settled.
     if has_ended(hit, header, entry) {
-        // SAFETY: the map's value.
-        let ended = unsafe { exchange(&raw mut entry.owner, owner, 0) } == owner;
-        if ended && hit.target.learning == 0 {
-            hit.count(ctx, site(entry.poll), End::Exited);
-        }
-        return;
+        ended(ctx, hit, entry, task);
+    } else if hit.target.blocking_since != 0 {
+        count_park(entry.slot);
     }
-    if hit.target.blocking_since == 0 {
-        return;
-    }
-    if entry.slot == NO_SLOT {
-        entry.slot = hit.wait_slot(ctx, site(entry.poll), 0, [0; WAIT_FRAMES]);
-    }
-    count_park(entry.slot);
+}
+
+/// Whether a header's word may be the address of another, or none.
+#[inline(always)]
+fn may_be_link(word: u64) -> bool {
+    /// The lowest page that can be mapped, and the end of user space.
+    const ADDRESSES: core::ops::Range<u64> = 0x1000..1 << 48;
+    word == 0 || (word & 7 == 0 && ADDRESSES.contains(&word))
 }
 
 /// Whether a task that was polled is complete. Its memory may be gone by now,
@@ -295,15 +387,30 @@ fn has_ended(hit: &Hit<'_>, header: u64, entry: &TaskEntry) -> bool {
     if words[0] & COMPLETE != 0
         || references == 0
         || references > MAX_REFERENCES
-        || vtable(hit, &words) != entry.vtable
+        || identity(hit, &words).0 != entry.vtable
     {
         return true;
     }
-    let id_offset = u64::from(hit.cookie.argument) << 3;
-    if id_offset == 0 {
+    // An allocator writes its own words to the start of what was freed: there they
+    // may look like a state with many references.
+    let old = Layout::of(&hit.target.layout).vtable == 4;
+    let next = if old { words[3] } else { words[1] };
+    if !may_be_link(next) || old && !(may_be_link(words[1]) && may_be_link(words[2])) {
+        return true;
+    }
+    if next != 0 && words[0] & NOTIFIED == 0 {
+        // SAFETY: as above.
+        let state = unsafe { bpf_probe_read_user(header as *const u64) };
+        // Unless it was queued just while it was read.
+        if state == Ok(words[0]) {
+            return true;
+        }
+    }
+    let id = u64::from(Argument::unpack(hit.cookie.argument).id);
+    if id == 0 {
         return false;
     }
     // SAFETY: as above.
-    let id = unsafe { bpf_probe_read_user(header.wrapping_add(id_offset) as *const u64) };
+    let id = unsafe { bpf_probe_read_user(header.wrapping_add(id) as *const u64) };
     id != Ok(entry.id)
 }

@@ -81,6 +81,9 @@ pub struct Reading {
     pub hits: Hits,
     /// CPU time that the target has used so far ([`cpu_time`]).
     pub cpu: Duration,
+    /// Spawns and exits are not counted yet, though their probes are attached
+    /// ([`super::Attached::is_learning`]).
+    pub learning: bool,
 }
 
 /// What the governor did in an interval.
@@ -90,6 +93,8 @@ pub struct Interval {
     pub overhead: Overhead,
     /// Share of the interval in which spawn and exit were attached, 0 to 1.
     pub lifecycle: f64,
+    /// Share of the interval in which they counted, 0 to 1.
+    pub counted: f64,
     /// Share of the interval in which park and resume were attached, 0 to 1.
     pub blocking: f64,
 }
@@ -153,6 +158,7 @@ pub struct Governor {
 struct Sums {
     time: f64,
     lifecycle: f64,
+    counted: f64,
     blocking: f64,
     hits: u64,
     cost_ns: f64,
@@ -253,6 +259,9 @@ impl Governor {
         if self.attached >= Tier::Lifecycle {
             self.lifecycle.add(lifecycle_ns / nanos, time);
             self.interval.lifecycle += seconds;
+            if !now.learning {
+                self.interval.counted += seconds;
+            }
         }
         if self.attached >= Tier::Blocking {
             self.blocking.add(blocking_ns / nanos, time);
@@ -415,6 +424,7 @@ impl Governor {
                 },
             },
             lifecycle,
+            counted: share(sums.counted, sums.time),
             blocking,
         }
     }
@@ -455,6 +465,7 @@ mod tests {
         blocking_ns: 600.0 / COLD,
         empty_ns: 450.0,
         poll_ns: 1100.0,
+        poll_stepped_ns: 12000.0,
         switch_ns: 100.0,
     };
 
@@ -507,6 +518,7 @@ mod tests {
                     now: self.reading.now + step.after,
                     hits,
                     cpu: self.reading.cpu + Duration::from_secs_f64(self.cores * seconds + cost),
+                    ..self.reading
                 };
                 spent.push((self.reading.now, cost));
             }

@@ -147,8 +147,9 @@ calibration_loop!(
     leakmon_calibrate_blocking_end
 );
 
-// `leakmon_calibrate_polls(task, rounds)` calls `leakmon_calibrate_polled(task)`,
-// which begins with an instruction that the kernel emulates.
+// `leakmon_calibrate_polls(task, rounds, polled)` calls `polled(task)`:
+// `leakmon_calibrate_polled`, which begins with an instruction that the kernel
+// emulates, or `leakmon_calibrate_stepped`, which does not.
 #[cfg(target_arch = "x86_64")]
 global_asm!(
     ".pushsection .text.leakmon_calibrate_polls, \"ax\", @progbits",
@@ -159,15 +160,16 @@ global_asm!(
     "leakmon_calibrate_polls:",
     "push rbx",
     "push r14",
-    "sub rsp, 8",
+    "push r15",
     "mov rbx, rdi",
     "mov r14, rsi",
+    "mov r15, rdx",
     "2:",
     "mov rdi, rbx",
-    "call leakmon_calibrate_polled",
+    "call r15",
     "dec r14",
     "jnz 2b",
-    "add rsp, 8",
+    "pop r15",
     "pop r14",
     "pop rbx",
     "ret",
@@ -180,6 +182,14 @@ global_asm!(
     "pop rbp",
     "ret",
     ".size leakmon_calibrate_polled, . - leakmon_calibrate_polled",
+    ".globl leakmon_calibrate_stepped",
+    ".hidden leakmon_calibrate_stepped",
+    ".type leakmon_calibrate_stepped, @function",
+    "leakmon_calibrate_stepped:",
+    "sub rsp, 8",
+    "add rsp, 8",
+    "ret",
+    ".size leakmon_calibrate_stepped, . - leakmon_calibrate_stepped",
     ".popsection",
 );
 #[cfg(target_arch = "aarch64")]
@@ -190,17 +200,20 @@ global_asm!(
     ".hidden leakmon_calibrate_polls",
     ".type leakmon_calibrate_polls, @function",
     "leakmon_calibrate_polls:",
-    "stp x29, x30, [sp, #-32]!",
+    "stp x29, x30, [sp, #-48]!",
     "stp x19, x20, [sp, #16]",
+    "str x21, [sp, #32]",
     "mov x19, x0",
     "mov x20, x1",
+    "mov x21, x2",
     "2:",
     "mov x0, x19",
-    "bl leakmon_calibrate_polled",
+    "blr x21",
     "subs x20, x20, #1",
     "b.ne 2b",
+    "ldr x21, [sp, #32]",
     "ldp x19, x20, [sp, #16]",
-    "ldp x29, x30, [sp], #32",
+    "ldp x29, x30, [sp], #48",
     "ret",
     ".size leakmon_calibrate_polls, . - leakmon_calibrate_polls",
     ".globl leakmon_calibrate_polled",
@@ -211,12 +224,20 @@ global_asm!(
     "3:",
     "ret",
     ".size leakmon_calibrate_polled, . - leakmon_calibrate_polled",
+    ".globl leakmon_calibrate_stepped",
+    ".hidden leakmon_calibrate_stepped",
+    ".type leakmon_calibrate_stepped, @function",
+    "leakmon_calibrate_stepped:",
+    "mov x1, x0",
+    "ret",
+    ".size leakmon_calibrate_stepped, . - leakmon_calibrate_stepped",
     ".popsection",
 );
 
 unsafe extern "C" {
-    fn leakmon_calibrate_polls(task: *const u64, rounds: u64);
+    fn leakmon_calibrate_polls(task: *const u64, rounds: u64, polled: *const u8);
     static leakmon_calibrate_polled: u8;
+    static leakmon_calibrate_stepped: u8;
 }
 
 /// One of the loops.
@@ -283,6 +304,10 @@ pub struct Cost {
     /// A poll of a tokio task: its call, its return and its idle time. Ten times
     /// an empty hit where it cannot be measured, and hardly be attached.
     pub poll_ns: f64,
+    /// The same where the kernel does not emulate the probed instruction but
+    /// executes it out of line, step by step. Ten times as much where it cannot be
+    /// measured.
+    pub poll_stepped_ns: f64,
     /// A thread is taken from its CPU or put on one. As much as a hit of the tier
     /// `blocking` where it cannot be measured.
     pub switch_ns: f64,
@@ -295,6 +320,7 @@ impl Cost {
             Measured::Lifecycle => self.lifecycle_ns,
             Measured::Blocking => self.blocking_ns,
             Measured::Poll => self.poll_ns,
+            Measured::PollStepped => self.poll_stepped_ns,
             Measured::Switch => self.switch_ns,
         }
     }
@@ -370,11 +396,15 @@ fn measure(kernel: &Kernel) -> Result<Cost, Error> {
             else_ns
         })
     };
+    let lifecycle_ns = (per_hit(lifecycle) - bare).max(1.0);
+    let poll_ns = or(measure_poll(kernel, Role::Poll), 10.0 * empty_ns);
+    let stepped = measure_poll(kernel, Role::PollStepped);
     let cost = Cost {
-        lifecycle_ns: (per_hit(lifecycle) - bare).max(1.0),
+        lifecycle_ns,
         blocking_ns,
         empty_ns,
-        poll_ns: or(measure_poll(kernel), 10.0 * empty_ns),
+        poll_ns,
+        poll_stepped_ns: or(stepped, 10.0 * poll_ns),
         switch_ns: or(measure_switch(kernel), blocking_ns),
     };
     let verified = verify(&sites).and_then(|()| verify(&waits));
@@ -383,23 +413,27 @@ fn measure(kernel: &Kernel) -> Result<Cost, Error> {
     verified.map(|()| cost)
 }
 
-/// The words of a made-up task: its state (one reference), its vtable's address
-/// and its id.
-const TASK: (usize, usize, usize) = (0, 2, 5);
+/// The words of a made-up task: its state (one reference), its vtable's address,
+/// the number of its list and its id.
+const TASK: (usize, usize, usize, usize) = (0, 2, 3, 5);
 
-/// What a poll of a tokio task costs.
-fn measure_poll(kernel: &Kernel) -> Result<f64, Error> {
-    let polled = &raw const leakmon_calibrate_polled as u64;
-    let vtable = [polled];
+/// What a poll of a tokio task costs, in one of the two roles for it.
+fn measure_poll(kernel: &Kernel, role: Role) -> Result<f64, Error> {
+    let stepped = role == Role::PollStepped;
+    let polled = match stepped {
+        true => &raw const leakmon_calibrate_stepped,
+        false => &raw const leakmon_calibrate_polled,
+    };
     let mut task = [0u64; 8];
     task[TASK.0] = 1 << tokio::REFERENCES_SHIFT;
-    task[TASK.1] = vtable.as_ptr() as u64;
+    task[TASK.1] = polled as u64;
     task[TASK.2] = 1;
+    task[TASK.3] = 1;
     let time = || {
         median(|| {
             // SAFETY: the loop keeps the callee-saved registers and writes nothing
             // but its stack; the pointer is only passed on in a register.
-            unsafe { leakmon_calibrate_polls(task.as_ptr(), ROUNDS) }
+            unsafe { leakmon_calibrate_polls(task.as_ptr(), ROUNDS, polled) }
         }) / ROUNDS as f64
     };
     let bare = time();
@@ -411,9 +445,14 @@ fn measure_poll(kernel: &Kernel) -> Result<f64, Error> {
         places: vec![
             Place {
                 code: Code::Executable,
-                offset: own_offset(polled)?,
-                role: Role::Poll,
-                argument: TASK.2 as u16,
+                offset: own_offset(polled as u64)?,
+                role,
+                argument: tokio::Argument {
+                    id: 8 * TASK.3 as u16,
+                    located: false,
+                    stepped,
+                }
+                .pack(),
             },
             Place::nowhere(Role::Idle),
         ],
@@ -424,7 +463,7 @@ fn measure_poll(kernel: &Kernel) -> Result<f64, Error> {
     let counts = attached.read();
     std::thread::spawn(move || drop(attached));
     let rounds = ROUNDS * (MEASUREMENTS as u64 + 1);
-    let polls: Vec<u64> = counts?.tasks.iter().map(|task| task.polls).collect();
+    let polls: Vec<u64> = counts?.waits.iter().map(|wait| wait.runs.count).collect();
     if polls != [rounds] {
         return Err(Error::NotFiring(format!(
             "{polls:?} polls where {rounds} were due in leakmon's own process"

@@ -3,10 +3,10 @@
 use leakmon_common::{DROP_REASONS, Dropped, WAIT_FRAMES};
 
 use super::plan::{PROGRAMS, Role};
-use crate::task::{Histogram, SiteFlow, SiteKey};
+use crate::task::{Histogram, Runs, SiteFlow, SiteKey};
 
 /// What the probes counted in one process since it was first attached. Every
-/// figure only grows.
+/// figure but `moved` only grows.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Counts {
     /// Spawns and exits by site, ordered by site.
@@ -16,6 +16,9 @@ pub struct Counts {
     /// tokio's live tasks, as far as they were polled or said to be there,
     /// ordered by header.
     pub tasks: Vec<TaskRun>,
+    /// Spawns and exits that were counted while `tasks` were read: of so many
+    /// tasks, `sites` may know more or less.
+    pub moved: u64,
     /// Threads that were made or switched while the probes were attached,
     /// ordered by thread id. One that ended while they were away may be left.
     pub threads: Vec<ThreadRun>,
@@ -34,23 +37,17 @@ pub struct TaskRun {
     pub id: u64,
     /// Its header's address.
     pub header: u64,
-    /// Its vtable's address.
-    pub vtable: u64,
-    /// Where it was spawned, as far as its memory tells: the entry of its `poll`.
+    /// Where it was spawned, as far as its memory tells: its vtable and, where
+    /// there is one, the `Location` of the spawn.
     pub site: SiteKey,
     /// It may have been there before the probes came; else its spawn was counted.
     pub known: bool,
     /// When its first poll began that was seen.
     pub first_seen: Option<u64>,
-    /// Polls that ended.
-    pub polls: u64,
-    /// What they took, in nanoseconds.
-    pub busy_ns: u64,
-    /// The longest of them.
-    pub longest_ns: u64,
-    /// When the latest of them ended.
+    /// When the latest poll ended, if the probes have been attached without a break
+    /// since.
     pub last_poll_end: Option<u64>,
-    /// Since when it is being polled, if it is.
+    /// Since when it is being polled, if it is, and the probes saw it begin.
     pub polling_since: Option<u64>,
 }
 
@@ -102,10 +99,8 @@ pub struct KnownTask {
     pub header: u64,
     /// tokio's task id; 0 before tokio 1.23.
     pub id: u64,
-    /// Its vtable's address.
-    pub vtable: u64,
-    /// The entry of its `poll`.
-    pub poll: u64,
+    /// As [`TaskRun::site`].
+    pub site: SiteKey,
 }
 
 /// A thread that a census found, for [`super::Attached::know_threads`].
@@ -134,6 +129,8 @@ pub struct WaitCounts {
     pub resumes: u64,
     /// Blocked durations, one for each of `resumes`.
     pub durations: Histogram,
+    /// tokio: polls that ended.
+    pub runs: Runs,
 }
 
 /// Probe hits by role.

@@ -165,7 +165,12 @@ impl State {
     fn tick(&mut self, pid: u32, now: Duration) -> Result<Duration, String> {
         let hits = self.attached.hits().map_err(|error| error.to_string())?;
         let cpu = cpu_time(pid).map_err(|error| format!("its CPU time: {error}"))?;
-        let step = self.governor.tick(Reading { now, hits, cpu });
+        let step = self.governor.tick(Reading {
+            now,
+            hits,
+            cpu,
+            learning: self.attached.is_learning(),
+        });
         let before = self.attached.tier();
         if step.tier != before {
             self.attached

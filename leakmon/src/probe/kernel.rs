@@ -29,7 +29,7 @@ use super::object::{OBJECT, Object};
 use super::plan::{Code, Kind, Place, Plan, Role, Tier};
 use super::registers::{self, ThreadRegisters};
 use super::sys::{self, ProgramType, When};
-use crate::task::{Histogram, SiteFlow, SiteKey};
+use crate::task::{Histogram, Runs, SiteFlow, SiteKey};
 
 /// The kernel's types.
 const BTF: &str = "/sys/kernel/btf/vmlinux";
@@ -56,7 +56,7 @@ pub struct Limits {
     /// Kinds of wait, by spawn site, reason and place. The kernel holds 408
     /// bytes for each CPU of one.
     pub waits: u32,
-    /// tokio's tasks. The kernel holds 16 bytes of one, and 192 more of one that
+    /// tokio's tasks. The kernel holds 16 bytes of one, and 128 more of one that
     /// was seen.
     pub tasks: u32,
     /// Plans attached at once, at most [`MAX_TARGETS`]. The kernel holds 56
@@ -973,6 +973,9 @@ impl State {
             sum.parks += count.parks;
             sum.resumes += count.resumes;
             sum.total_ns = sum.total_ns.wrapping_add(count.total_ns);
+            sum.runs += count.runs;
+            sum.busy_ns = sum.busy_ns.wrapping_add(count.busy_ns);
+            sum.longest_ns = sum.longest_ns.max(count.longest_ns);
             for (sum, bucket) in sum.histogram.iter_mut().zip(count.histogram) {
                 *sum += bucket;
             }
@@ -1052,7 +1055,7 @@ impl State {
             self.wait_counts.set(slot, zero, 0).map_err(&set)?;
             self.free_slots.push(slot, 0).map_err(&set)?;
         }
-        if roles.contains(&Role::Poll) {
+        if roles.iter().any(|role| role.is_poll()) {
             let tasks: Vec<u64> = self
                 .tasks(target)
                 .map_err(error)?
@@ -1190,7 +1193,7 @@ impl Attached {
         let now = monotonic();
         if self.tier < Tier::Lifecycle {
             self.target.lifecycle_since = now;
-            self.target.learning = u32::from(self.roles.contains(&Role::Poll));
+            self.target.learning = u32::from(self.roles.iter().any(|role| role.is_poll()));
         }
         if tier == Tier::Blocking {
             self.target.blocking_since = now;
@@ -1253,13 +1256,17 @@ impl Attached {
     pub fn read(&self) -> Result<Counts, Error> {
         let mut state = lock(&self.shared);
         state.logger.flush();
-        let mut sites: Vec<(SiteKey, SiteFlow)> = state
-            .sites()?
-            .into_iter()
-            .filter(|(key, _)| key.target == u64::from(self.index))
-            .map(|(key, flow)| (key.site, flow))
-            .collect();
-        sites.sort_unstable_by_key(|&(site, _)| site);
+        let read_sites = |state: &State| {
+            let mut sites: Vec<(SiteKey, SiteFlow)> = state
+                .sites()?
+                .into_iter()
+                .filter(|(key, _)| key.target == u64::from(self.index))
+                .map(|(key, flow)| (key.site, flow))
+                .collect();
+            sites.sort_unstable_by_key(|&(site, _)| site);
+            Ok::<_, Error>(sites)
+        };
+        let mut sites = read_sites(&state)?;
         let mut waits = Vec::new();
         for (key, slot) in state.waits()? {
             if key.target != u32::from(self.index) {
@@ -1276,11 +1283,17 @@ impl Attached {
                     buckets: count.histogram,
                     total_ns: count.total_ns,
                 },
+                runs: Runs {
+                    count: count.runs,
+                    busy_ns: count.busy_ns,
+                    longest_ns: count.longest_ns,
+                },
             });
         }
         waits.sort_unstable_by_key(|wait| (wait.site, wait.reason, wait.pcs));
         let mut tasks = Vec::new();
-        if self.roles.contains(&Role::Poll) {
+        let mut moved = 0;
+        if self.roles.iter().any(|role| role.is_poll()) {
             tasks = state
                 .tasks(self.index)
                 .map_err(|source| Error::Map {
@@ -1291,6 +1304,13 @@ impl Attached {
                 .map(|(_, task)| task_run(&task, self.target.lifecycle_since))
                 .collect();
             tasks.sort_unstable_by_key(|task| task.header);
+            let all = |sites: &[(SiteKey, SiteFlow)]| -> u64 {
+                let flows = sites.iter().map(|(_, flow)| flow);
+                flows.map(|flow| flow.spawned + flow.exited).sum()
+            };
+            let before = all(&sites);
+            sites = read_sites(&state)?;
+            moved = all(&sites).saturating_sub(before);
         }
         let mut threads = Vec::new();
         if self.has_tracepoints() {
@@ -1309,6 +1329,7 @@ impl Attached {
             sites,
             waits,
             tasks,
+            moved,
             threads,
             hits,
             drops,
@@ -1316,26 +1337,22 @@ impl Attached {
     }
 }
 
-/// What user space says of a task. Nothing is known of a poll during which the
+/// What user space says of a task. Nothing is known of what it did while the
 /// probes were away.
 fn task_run(task: &TaskEntry, lifecycle_since: u64) -> TaskRun {
     let some = |time: u64| (time != 0).then_some(time);
-    let attached = lifecycle_since != 0 && task.polling_since >= lifecycle_since;
+    let attached = |time: u64| (lifecycle_since != 0 && time >= lifecycle_since).then_some(time);
     TaskRun {
         id: task.id,
         header: header_of(task.owner),
-        vtable: task.vtable,
         site: SiteKey {
-            created_at: 0,
-            entry: task.poll,
+            created_at: task.created_at,
+            entry: task.vtable,
         },
         known: task.known != 0,
         first_seen: some(task.first_seen),
-        polls: task.polls,
-        busy_ns: task.busy_ns,
-        longest_ns: task.longest_ns,
-        last_poll_end: some(task.last_end),
-        polling_since: attached.then_some(task.polling_since),
+        last_poll_end: attached(task.last_end),
+        polling_since: attached(task.polling_since),
     }
 }
 
@@ -1455,8 +1472,8 @@ impl Attached {
             let entry = TaskEntry {
                 owner: owner(task.header, id),
                 id,
-                vtable: task.vtable,
-                poll: task.poll,
+                vtable: task.site.entry,
+                created_at: task.site.created_at,
                 slot: NO_SLOT,
                 known: 1,
                 ..TaskEntry::default()

@@ -40,11 +40,17 @@ pub enum Role {
     /// [`Role::Resume`].
     Ready,
     /// tokio: a call of a vtable's `poll`, and its return: RDI / X0 is the task's
-    /// header. The place may lie some bytes into the function. Its argument is
-    /// the task id's offset in the header divided by 8, 0 where there is none.
+    /// header, and the return address is where it was at the function's entry. The
+    /// place's argument is an [`Argument`](leakmon_common::tokio::Argument).
     Poll,
+    /// tokio: the same at an instruction that the kernel does not emulate.
+    PollStepped,
+    /// tokio: a call of a vtable's `shutdown`: RDI / X0 is the task's header. The
+    /// argument is as for [`Role::Poll`].
+    Shutdown,
     /// tokio: the time from the end of a task's poll to the start of its next.
-    /// It has no place of its own: [`Role::Poll`] measures it.
+    /// It has no place of its own: [`Role::Poll`] and [`Role::PollStepped`]
+    /// measure it.
     Idle,
     /// Threads: a call of `pthread_create`, at its first instruction: RDX / X2 is
     /// the start routine, RCX / X3 its argument, the return address lies at RSP /
@@ -90,6 +96,7 @@ pub(super) enum Measured {
     Lifecycle,
     Blocking,
     Poll,
+    PollStepped,
     Switch,
 }
 
@@ -111,7 +118,7 @@ pub(super) struct Program {
 /// Every program, in the order of [`Role`]'s variants. Adding a runtime adds
 /// its lines here.
 #[rustfmt::skip]
-pub(super) const PROGRAMS: [Program; 13] = {
+pub(super) const PROGRAMS: [Program; 15] = {
     use Kind::{Call, Entry, Nothing, Tracepoint};
     use Measured as Cost;
     use Tier::{Blocking, Lifecycle};
@@ -131,6 +138,12 @@ pub(super) const PROGRAMS: [Program; 13] = {
             Call { session: "tokio_poll_session", entry: "tokio_poll", returned: "tokio_poll_returned" },
             tokio::POLL, Lifecycle, Cost::Poll, "poll",
         ),
+        program(
+            Role::PollStepped,
+            Call { session: "tokio_poll_session", entry: "tokio_poll", returned: "tokio_poll_returned" },
+            tokio::POLL_STEPPED, Lifecycle, Cost::PollStepped, "poll (stepped)",
+        ),
+        program(Role::Shutdown, Entry("tokio_shutdown"), tokio::SHUTDOWN, Lifecycle, Cost::Lifecycle, "shutdown"),
         program(Role::Idle, Nothing, tokio::IDLE, Blocking, Cost::Poll, "idle"),
         program(Role::ThreadCreate, Entry("thread_create"), threads::CREATE, Lifecycle, Cost::Lifecycle, "pthread_create"),
         program(
@@ -169,6 +182,11 @@ impl Role {
     /// The lowest tier in which places of this role are attached.
     pub fn tier(self) -> Tier {
         self.program().tier
+    }
+
+    /// It is one of those that follow tokio's tasks.
+    pub(super) fn is_poll(self) -> bool {
+        matches!(self, Role::Poll | Role::PollStepped)
     }
 
     /// The word in messages.

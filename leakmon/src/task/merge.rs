@@ -330,6 +330,14 @@ impl Checkpoint {
         }
     }
 
+    /// The same, when of so many more tasks nobody can say whether they are in it.
+    pub fn less_certain_by(self, tasks: u64) -> Checkpoint {
+        Checkpoint {
+            unstable: self.unstable.saturating_add(tasks),
+            ..self
+        }
+    }
+
     /// Tasks spawned or ended while the census was taken.
     fn moved(&self) -> u64 {
         self.after.0.saturating_sub(self.before.0) + self.after.1.saturating_sub(self.before.1)

@@ -152,7 +152,8 @@ impl Live {
             && status.attached >= Tier::Lifecycle
             && before_status.gaps == status.gaps;
         let totals = |counts: &Counts| self.tasks.totals(counts);
-        let checkpoint = Checkpoint::new(&population, totals(&before), totals(&after));
+        let checkpoint = Checkpoint::new(&population, totals(&before), totals(&after))
+            .less_certain_by(before.moved + after.moved);
         let reconciliation = match &probing.base {
             Some((base, gaps)) if unbroken && *gaps == status.gaps => {
                 Some(reconcile(base, &checkpoint))
@@ -167,14 +168,14 @@ impl Live {
         let counted_at = Instant::now();
         let since = counted_at.duration_since(probing.counted_at);
         probing.counted_at = counted_at;
-        let attached = since.mul_f64(interval.lifecycle.clamp(0.0, 1.0));
+        let attached = since.mul_f64(interval.counted.clamp(0.0, 1.0));
         let probed = Probed {
             flow: &flow,
             rates: rates(&probing.before, &flow, attached),
             reconciliation,
             overhead: interval.overhead,
             coverage: Coverage {
-                spawns: interval.lifecycle,
+                spawns: interval.counted,
                 waits: interval.blocking,
                 all_spawns: status.gaps == 0,
                 all_waits: status.wait_gaps == 0 && status.tier >= Tier::Blocking,

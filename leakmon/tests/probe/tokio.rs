@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use leakmon::binary::addr::FileOffset;
 use leakmon::probe::{Code, Kernel, KnownTask, Place, Plan, Role, Tier, Way};
-use leakmon::task::SiteFlow;
-use leakmon_common::tokio::Layout;
+use leakmon::task::{SiteFlow, SiteKey};
+use leakmon_common::tokio::{Argument, Layout};
 
 use super::{WAYS, alone, losses};
 
-// `fake_poll(task)` calls `task.body`.
+// `fake_poll(task)` calls `task.body`; `fake_shutdown(task)` does nothing.
 #[cfg(target_arch = "x86_64")]
 global_asm!(
     ".pushsection .text.fake_poll, \"ax\", @progbits",
@@ -20,10 +20,17 @@ global_asm!(
     "fake_poll:",
     "push rbp",
     "mov rbp, rsp",
-    "call qword ptr [rdi + 0x38]",
+    "call qword ptr [rdi + 0x40]",
     "pop rbp",
     "ret",
     ".size fake_poll, . - fake_poll",
+    ".globl fake_shutdown",
+    ".type fake_shutdown, @function",
+    "fake_shutdown:",
+    "push rbp",
+    "pop rbp",
+    "ret",
+    ".size fake_shutdown, . - fake_shutdown",
     ".popsection",
 );
 #[cfg(target_arch = "aarch64")]
@@ -35,16 +42,23 @@ global_asm!(
     "nop",
     "stp x29, x30, [sp, #-16]!",
     "mov x29, sp",
-    "ldr x1, [x0, #0x38]",
+    "ldr x1, [x0, #0x40]",
     "blr x1",
     "ldp x29, x30, [sp], #16",
     "ret",
     ".size fake_poll, . - fake_poll",
+    ".globl fake_shutdown",
+    ".type fake_shutdown, @function",
+    "fake_shutdown:",
+    "nop",
+    "ret",
+    ".size fake_shutdown, . - fake_shutdown",
     ".popsection",
 );
 
 unsafe extern "C" {
     fn fake_poll(task: *mut Task);
+    fn fake_shutdown(task: *mut Task);
 }
 
 /// Offset of the task id.
@@ -56,10 +70,11 @@ struct Task {
     state: u64,
     queue_next: u64,
     vtable: *const Vtable,
-    owner: u64,
+    list: u64,
     scheduler: u64,
     other: u64,
     id: u64,
+    location: u64,
     body: extern "C" fn(*mut Task),
     inner: *mut Task,
 }
@@ -74,6 +89,8 @@ static VTABLE: Vtable = Vtable { poll: fake_poll };
 /// One reference, nothing else.
 const ALIVE: u64 = 1 << 6;
 const COMPLETE: u64 = 2;
+const RUNNING: u64 = 1;
+const NOTIFIED: u64 = 4;
 
 impl Task {
     fn new(id: u64) -> Box<Task> {
@@ -81,10 +98,11 @@ impl Task {
             state: ALIVE,
             queue_next: 0,
             vtable: &raw const VTABLE,
-            owner: 0,
+            list: 1,
             scheduler: 0,
             other: 0,
             id,
+            location: 0,
             body: pending,
             inner: std::ptr::null_mut(),
         })
@@ -105,8 +123,7 @@ impl Task {
         KnownTask {
             header: self.header(),
             id: self.id,
-            vtable: &raw const VTABLE as u64,
-            poll: fake_poll as *const () as u64,
+            site: site(),
         }
     }
 }
@@ -126,6 +143,34 @@ extern "C" fn ready(task: *mut Task) {
 extern "C" fn overwritten(task: *mut Task) {
     // SAFETY: the caller's task.
     unsafe { (*task).state = 0x5555_5555_5555_5555 };
+}
+
+/// Completes, and its memory is free by then, in glibc's way for small pieces: the
+/// next one's address in a disguise, and a random number.
+extern "C" fn freed(task: *mut Task) {
+    // SAFETY: the caller's task.
+    unsafe {
+        (*task).state = 0x1487_49b4;
+        (*task).queue_next = 0xcfbc_5f3c_83e7_965d;
+    }
+}
+
+/// The same in its way for others: two neighbours' addresses.
+extern "C" fn freed_among_neighbours(task: *mut Task) {
+    // SAFETY: the caller's task.
+    unsafe {
+        (*task).state = 0x1484_bbf0 & !COMPLETE;
+        (*task).queue_next = 0x1484_be70;
+    }
+}
+
+/// Is woken, and queued before another one.
+extern "C" fn queued(task: *mut Task) {
+    // SAFETY: the caller's task.
+    unsafe {
+        (*task).state = ALIVE | NOTIFIED;
+        (*task).queue_next = 0x7f00_1234_5680;
+    }
 }
 
 /// Completes; its memory is the next task's by then, which has been polled.
@@ -158,6 +203,14 @@ pub(crate) fn own_offset(address: u64) -> FileOffset {
         .unwrap()
 }
 
+/// Where the tasks come from.
+fn site() -> SiteKey {
+    SiteKey {
+        created_at: 0,
+        entry: &raw const VTABLE as u64,
+    }
+}
+
 fn plan() -> Plan {
     Plan {
         layout: Layout { vtable: 2 }.words(),
@@ -166,10 +219,24 @@ fn plan() -> Plan {
                 code: Code::Executable,
                 offset: own_offset(fake_poll as *const () as u64),
                 role: Role::Poll,
-                argument: (ID / 8) as u16,
+                argument: argument().pack(),
+            },
+            Place {
+                code: Code::Executable,
+                offset: own_offset(fake_shutdown as *const () as u64),
+                role: Role::Shutdown,
+                argument: argument().pack(),
             },
             Place::nowhere(Role::Idle),
         ],
+    }
+}
+
+/// What the probes know of all tasks here.
+fn argument() -> Argument {
+    Argument {
+        id: ID as u16,
+        ..Argument::default()
     }
 }
 
@@ -198,7 +265,7 @@ fn polls_are_exact() {
         // An old one ends that was never polled: one exit.
         old[2].poll(ready);
 
-        // 100 at once, 5 polls each.
+        // 100 at once, 6 polls each.
         let mut tasks: Vec<Box<Task>> = (100..200).map(Task::new).collect();
         for _ in 0..4 {
             for task in &mut tasks {
@@ -206,11 +273,13 @@ fn polls_are_exact() {
             }
         }
         for (index, task) in tasks.iter_mut().enumerate() {
-            task.poll(if index % 2 == 0 { ready } else { overwritten });
+            task.poll(queued);
+            task.poll([ready, overwritten, freed, freed_among_neighbours][index % 4]);
         }
         // The same memory, other tasks.
         for task in &mut tasks {
             task.state = ALIVE;
+            task.queue_next = 0;
             task.id += 300;
             task.poll(pending);
             task.poll(ready);
@@ -231,15 +300,17 @@ fn polls_are_exact() {
         outer.inner = &raw mut *inner;
         outer.poll(nested);
         outer.poll(nested);
+        // A closure on a blocking thread, in memory that a task has left.
+        tasks[2].list = 0;
+        tasks[2].id = 7000;
+        tasks[2].poll(pending);
+        tasks[2].poll(ready);
         // Idle for 20 ms, and polled for as long.
         std::thread::sleep(Duration::from_millis(20));
         outer.poll(slow);
 
         let counts = attached.read().unwrap();
-        let site = leakmon::task::SiteKey {
-            created_at: 0,
-            entry: fake_poll as *const () as u64,
-        };
+        let site = site();
         let flow = SiteFlow {
             runs: None,
             // 100, 100 in their memory, 900, 901, 2000, 3000, and the two last.
@@ -256,20 +327,22 @@ fn polls_are_exact() {
         };
         assert_eq!(ids, [1, 4, 901, 3000, 5000, 5001], "{way:?}");
         let task = |id| counts.tasks.iter().find(|task| task.id == id).unwrap();
-        assert_eq!((task(1).polls, task(1).known), (1, true));
-        assert_eq!(task(4).first_seen, None);
-        assert_eq!((task(901).polls, task(901).known), (1, false));
-        assert_eq!(task(5001).polls, 2);
+        assert!(task(1).known && task(1).last_poll_end > task(1).first_seen);
+        assert_eq!((task(4).first_seen, task(4).last_poll_end), (None, None));
+        assert!(!task(901).known);
         let last = task(5000);
-        assert_eq!((last.polls, last.header), (3, outer.header()));
+        assert_eq!(last.header, outer.header());
         assert_eq!(last.polling_since, None);
-        assert!(
-            last.longest_ns > 20_000_000 && last.busy_ns < 40_000_000,
-            "{last:?}"
-        );
         assert_eq!(counts.waits.len(), 1);
         let wait = &counts.waits[0];
         assert_eq!(wait.site, site);
+        // All but the closure's, and that of one that had ended.
+        assert_eq!(wait.runs.count, counts.hits.of(Role::Poll) - 2 - 1);
+        assert!(wait.runs.longest_ns > 20_000_000, "{wait:?}");
+        assert!(
+            wait.runs.busy_ns >= wait.runs.longest_ns && wait.runs.busy_ns < 40_000_000,
+            "{wait:?}"
+        );
         // 2^24 ns is 17 ms: the outer task's sleep.
         assert_eq!(wait.durations.buckets[24..].iter().sum::<u64>(), 1);
         assert_eq!(wait.parks - wait.resumes, 5 - 1 + 2, "{wait:?}");
@@ -287,6 +360,109 @@ fn polls_are_exact() {
         let mut ids: Vec<u64> = counts.tasks.iter().map(|task| task.id).collect();
         ids.sort_unstable();
         assert_eq!(ids, [1, 5000]);
+    }
+}
+
+#[test]
+fn tasks_that_are_shut_down_end() {
+    let _alone = alone();
+    for way in WAYS {
+        let kernel = Kernel::load_for(way).unwrap();
+        let mut attached = kernel
+            .attach(std::process::id(), &plan(), Tier::Lifecycle)
+            .unwrap();
+        attached.learned(&[]).unwrap();
+        let shut_down = |task: &mut Task| {
+            // SAFETY: it does nothing.
+            unsafe { fake_shutdown(task) };
+        };
+        let mut tasks: Vec<Box<Task>> = (1..=4).map(Task::new).collect();
+        for task in &mut tasks[..3] {
+            task.poll(pending);
+        }
+        shut_down(&mut tasks[0]);
+        // Another thread polls it: it ends with that poll.
+        tasks[1].state = ALIVE | RUNNING;
+        shut_down(&mut tasks[1]);
+        // It has ended.
+        tasks[2].poll(ready);
+        shut_down(&mut tasks[2]);
+        // Never polled: it never was.
+        shut_down(&mut tasks[3]);
+        let ended = |exited| {
+            let counts = attached.read().unwrap();
+            let flow = SiteFlow {
+                runs: None,
+                spawned: 3,
+                exited,
+            };
+            assert_eq!(counts.sites, [(site(), flow)], "{way:?}");
+        };
+        ended(2);
+        tasks[1].state = ALIVE;
+        tasks[1].poll(ready);
+        ended(3);
+        let hits = attached.hits().unwrap();
+        assert_eq!(hits.of(Role::Shutdown), 4);
+    }
+}
+
+/// Where the task keeps the place of its spawn, that is part of its site; hits at
+/// an instruction that is not emulated are told apart.
+#[test]
+fn places_have_arguments() {
+    let _alone = alone();
+    for way in WAYS {
+        let kernel = Kernel::load_for(way).unwrap();
+        let mut plan = plan();
+        plan.places[0].role = Role::PollStepped;
+        plan.places[0].argument = Argument {
+            located: true,
+            stepped: true,
+            ..argument()
+        }
+        .pack();
+        let mut attached = kernel
+            .attach(std::process::id(), &plan, Tier::Blocking)
+            .unwrap();
+        let mut old = Task::new(1);
+        old.location = 0x1230;
+        let known = KnownTask {
+            site: SiteKey {
+                created_at: old.location,
+                ..site()
+            },
+            ..old.known()
+        };
+        attached.learned(&[known]).unwrap();
+        old.poll(ready);
+        let mut new = Task::new(2);
+        new.location = 0x4560;
+        new.poll(pending);
+        let counts = attached.read().unwrap();
+        let flow = |created_at, spawned, exited| {
+            let site = SiteKey {
+                created_at,
+                ..site()
+            };
+            let runs = None;
+            (
+                site,
+                SiteFlow {
+                    spawned,
+                    exited,
+                    runs,
+                },
+            )
+        };
+        assert_eq!(
+            counts.sites,
+            [flow(0x1230, 0, 1), flow(0x4560, 1, 0)],
+            "{way:?}"
+        );
+        assert_eq!(counts.hits.of(Role::PollStepped), 2);
+        assert_eq!(counts.hits.total(), 2);
+        assert_eq!(counts.tasks[0].site.created_at, 0x4560);
     }
 }
 

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::binary::addr::LoadBias;
+use crate::probe::Counts;
 use crate::process::memory::Memory;
 use crate::runtime::{Kind, Refusal};
 use crate::task::{
@@ -34,6 +35,7 @@ use super::cells::{Cell, Reader};
 use super::idle::{Idle, Wait};
 use super::layout::{Layout, state};
 use super::lists::{self, Heads, Place};
+use super::probes::Runs;
 use super::program::{Loaded, Program};
 use super::scan::{Regions, Search};
 
@@ -78,14 +80,21 @@ const MAX_CYCLE: usize = 1024;
 
 /// What is remembered of a task between two censuses, by its address.
 #[derive(Clone, Copy, Debug)]
-struct Known {
-    vtable: u32,
-    id: u64,
+pub(super) struct Known {
+    pub(super) vtable: u32,
+    pub(super) id: u64,
     hash: u64,
-    /// CLOCK_MONOTONIC nanoseconds of the first census that found it so.
+    /// CLOCK_MONOTONIC nanoseconds of the first census that found it so, or of
+    /// when the probes last saw it run.
     since: u64,
     /// What it waits for.
     wait: Wait,
+    /// `&Location` of the spawn; 0 where there is none.
+    pub(super) location: u64,
+    /// It is in a list.
+    pub(super) alive: bool,
+    /// It was woken, or never polled.
+    pub(super) scheduled: bool,
 }
 
 /// A list of tasks.
@@ -123,10 +132,12 @@ pub struct Census<M> {
     memory: M,
     pid: u32,
     program: Arc<Program>,
-    loaded: Loaded,
+    pub(super) loaded: Loaded,
     bias: LoadBias,
-    known: FxHashMap<u64, Known>,
+    pub(super) known: FxHashMap<u64, Known>,
     idle: Idle,
+    /// CLOCK_MONOTONIC nanoseconds of the last census.
+    taken_at: u64,
     owners: Vec<Owner>,
     lists: Vec<List>,
     opened: Instant,
@@ -136,7 +147,7 @@ pub struct Census<M> {
     searched_once: bool,
     last: Option<Instant>,
     site_ids: FxHashMap<SiteKey, SiteId>,
-    sites: Arc<Vec<Site>>,
+    pub(super) sites: Arc<Vec<Site>>,
     stacks: Arc<Vec<Stack>>,
     /// By site: its one stack.
     stack_of: Vec<Option<StackId>>,
@@ -163,6 +174,7 @@ impl<M: Memory> Census<M> {
             bias,
             known: FxHashMap::default(),
             idle: Idle::default(),
+            taken_at: 0,
             owners: Vec::new(),
             lists: Vec::new(),
             opened: Instant::now(),
@@ -205,7 +217,16 @@ impl<M: Memory> Census<M> {
     /// # Errors
     /// [`Refusal`]: the process is gone or replaced.
     pub fn population(&mut self) -> Result<Population, Refusal> {
-        let counted = self.count();
+        self.population_with(None)
+    }
+
+    /// The same; `probed` is what the probes had counted just before.
+    ///
+    /// # Errors
+    /// As [`Census::population`].
+    pub fn population_with(&mut self, probed: Option<&Counts>) -> Result<Population, Refusal> {
+        let program = Arc::clone(&self.program);
+        let counted = self.count(Runs::of(&program, probed));
         if counted.is_err() {
             // Half a census is none to hold the next against.
             self.known.clear();
@@ -214,7 +235,7 @@ impl<M: Memory> Census<M> {
         counted
     }
 
-    fn count(&mut self) -> Result<Population, Refusal> {
+    fn count(&mut self, runs: Runs<'_>) -> Result<Population, Refusal> {
         let started = Instant::now();
         let now = crate::runtime::go::census::monotonic_ns();
         let budget = self.search_budget(started);
@@ -243,7 +264,9 @@ impl<M: Memory> Census<M> {
         for cell in found.cells.values() {
             let before = self.known.get(&cell.addr);
             let before = before.filter(|before| before.is(cell));
-            let since = before.map_or(now, |before| before.since);
+            let ran = runs.last(cell.addr, cell.id);
+            let since = before.map_or(now, |before| ran.unwrap_or(before.since));
+            let alive = found.alive.contains(&cell.addr);
             let wait = waits.get(&cell.addr).copied().unwrap_or_default();
             let remembered = Known {
                 vtable: cell.vtable,
@@ -251,10 +274,13 @@ impl<M: Memory> Census<M> {
                 hash: cell.hash,
                 since,
                 wait,
+                location: cell.location,
+                alive,
+                scheduled: cell.is(state::NOTIFIED) && !cell.is(state::RUNNING),
             };
-            let stood = before.is_some();
+            let stood = before.is_some() && ran.is_none_or(|ran| ran <= self.taken_at);
             known.insert(cell.addr, remembered);
-            if !found.alive.contains(&cell.addr) {
+            if !alive {
                 population.system += u64::from(is_blocking(cell));
                 continue;
             }
@@ -287,6 +313,8 @@ impl<M: Memory> Census<M> {
             }
         }
         self.known = known;
+        self.taken_at = now;
+        runs.warnings(self, now, &mut population.warnings);
         population.groups = groups.into_values().collect();
         population.sites = Arc::clone(&self.sites);
         population.stacks = Arc::clone(&self.stacks);
@@ -794,10 +822,15 @@ impl<M: Memory> Census<M> {
     }
 
     fn site(&mut self, cell: &Cell) -> SiteId {
-        let name = Arc::clone(&self.program.names()[cell.vtable as usize]);
+        self.site_of(cell.vtable, cell.location)
+    }
+
+    /// The site of the tasks of a vtable that were spawned at `location`.
+    pub(super) fn site_of(&mut self, vtable: u32, location: u64) -> SiteId {
+        let name = Arc::clone(&self.program.names()[vtable as usize]);
         let entry = self.bias.runtime(name.poll).0;
         let mut key = SiteKey {
-            created_at: cell.location,
+            created_at: location,
             entry,
         };
         if let Some(id) = self.site_ids.get(&key) {

@@ -46,7 +46,7 @@ impl Layout {
         }
     }
 
-    /// Functions of a vtable.
+    /// Functions of a vtable; the last one is `shutdown`.
     pub fn functions(self) -> usize {
         match self {
             Layout::V18 | Layout::V21 => 8,

@@ -4,7 +4,8 @@
 //! things, [`vtables`] finds the vtables of a program's tasks, [`names`] what
 //! each stands for, [`program`] puts these together for one executable.
 //! [`scan`] searches a process's memory, `cells` reads tasks, `lists` finds
-//! tokio's own lists of them, and [`census`] counts.
+//! tokio's own lists of them, and [`census`] counts. [`probes`] says where their
+//! polls can be probed, and what of.
 
 mod cells;
 pub mod census;
@@ -12,6 +13,7 @@ mod idle;
 pub mod layout;
 mod lists;
 pub mod names;
+pub mod probes;
 pub mod program;
 pub mod scan;
 pub mod uses;
@@ -22,7 +24,7 @@ mod wakers;
 use std::sync::Arc;
 
 use crate::binary::shared::Shared;
-use crate::probe::Counts;
+use crate::probe::{Counts, KnownTask};
 use crate::process::identity::Process;
 use crate::process::memory::ProcessMemory;
 use crate::runtime::{Kind, Probes, Refusal, Tasks};
@@ -74,30 +76,32 @@ impl Tasks for Census<ProcessMemory> {
         self.program().version_text()
     }
 
-    fn population(&mut self, _probed: Option<&Counts>) -> Result<Population, Refusal> {
-        Census::population(self)
+    fn population(&mut self, probed: Option<&Counts>) -> Result<Population, Refusal> {
+        self.population_with(probed)
     }
 
     fn dump(&mut self) -> Result<Dump, Refusal> {
         Census::dump(self)
     }
 
+    fn known(&self) -> Vec<KnownTask> {
+        probes::known(self)
+    }
+
     fn probes(&self) -> Result<Probes, Refusal> {
-        Err(Refusal::Unreadable(
-            "tokio's tasks are not probed".to_owned(),
-        ))
+        probes::find(self.program())
     }
 
     fn classify(&self) -> Classify {
         waits::classify
     }
 
-    fn flow(&mut self, _counts: &Counts) -> Flow {
-        Flow::default()
+    fn flow(&mut self, counts: &Counts) -> Flow {
+        probes::flow(self, counts)
     }
 
-    fn totals(&self, _counts: &Counts) -> SiteFlow {
-        SiteFlow::default()
+    fn totals(&self, counts: &Counts) -> SiteFlow {
+        probes::totals(self, counts)
     }
 
     fn build_id(&self) -> Option<String> {

@@ -23,7 +23,8 @@ pub struct Program {
     pub layout: Layout,
     /// The vtables of its tasks, by address.
     pub vtables: Vec<Vtable>,
-    file: File,
+    /// The file itself.
+    pub file: File,
     names: OnceLock<Vec<Arc<Name>>>,
     uses: OnceLock<Vec<Uses>>,
     waker_vtables: OnceLock<Vec<Vaddr>>,

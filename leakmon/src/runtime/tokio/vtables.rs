@@ -50,6 +50,8 @@ pub struct Vtable {
     pub dealloc: Vaddr,
     /// `drop_abort_handle`.
     pub drop_abort_handle: Vaddr,
+    /// `shutdown`.
+    pub shutdown: Vaddr,
     /// Where the cell's trailer starts, in bytes; `None` before 1.21.
     pub trailer: Option<u32>,
     /// Where the scheduler lies in the cell, in bytes; `None` before 1.23.
@@ -430,6 +432,7 @@ impl Run {
             poll: function(0),
             dealloc: function(layout.dealloc()),
             drop_abort_handle: function(Layout::DROP_ABORT_HANDLE),
+            shutdown: function(layout.functions() - 1),
             trailer: None,
             scheduler: None,
             id: None,

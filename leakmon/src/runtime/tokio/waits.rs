@@ -26,6 +26,13 @@ pub fn classify(reason: &str) -> WaitKind {
     let (class, missing) = match reason {
         "mpsc send" => (WaitClass::Hanging, "nobody received"),
         "mutex" | "rwlock read" | "rwlock write" => (WaitClass::Lock, "nobody unlocked"),
+        // Nobody can tell what for.
+        "waiting" => {
+            return WaitKind {
+                class: WaitClass::Idle,
+                missing: None,
+            };
+        }
         _ => return WaitKind::default(),
     };
     WaitKind {

@@ -75,6 +75,7 @@ fn at(addr: u64) -> Vtable {
         poll: Vaddr(function(0)),
         dealloc: Vaddr(function(2)),
         drop_abort_handle: Vaddr(function(5)),
+        shutdown: Vaddr(function(6)),
         trailer: Some(0xb0),
         scheduler: Some(0x20),
         id: Some(0x28),
