@@ -13,7 +13,8 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::{
-    Done, Owned, Running, Started, fixture, leakmon, run, scratch, signal_to, state, wait_until,
+    Done, Owned, Running, Started, fixture, leakmon, patched, run, scratch, signal_to, state,
+    wait_until,
 };
 use nix::sys::signal::Signal;
 use nix::unistd::Uid;
@@ -272,25 +273,6 @@ fn a_garbled_program() {
     let reason = "obfuscated (it looks like garble): its function table is encrypted; build it \
                   without garble";
     refused(running.pid(), &executable, reason);
-}
-
-/// A copy of the program at `path` in which `to` stands for each `from`.
-fn patched(path: &Path, folder: &Path, from: &[u8], to: &[u8]) -> PathBuf {
-    assert_eq!(from.len(), to.len());
-    let mut bytes = fs::read(path).expect("the fixture");
-    let mut found = 0;
-    for at in 0..bytes.len() - from.len() {
-        if bytes[at..].starts_with(from) {
-            bytes[at..at + to.len()].copy_from_slice(to);
-            found += 1;
-        }
-    }
-    assert!(found > 0, "nothing to patch");
-    let copy =
-        folder.join(String::from_utf8_lossy(to).replace(|c: char| !c.is_alphanumeric(), "_"));
-    fs::write(&copy, bytes).expect("the copy");
-    fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).expect("its mode");
-    fs::canonicalize(copy).expect("the copy")
 }
 
 #[test]

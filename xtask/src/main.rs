@@ -9,13 +9,13 @@ mod demo;
 mod fixtures;
 mod garble;
 mod go;
-mod languages;
 mod privilege;
 mod program;
 mod progress;
 mod real;
 mod setup;
 mod test;
+mod tools;
 mod workspace;
 
 use std::process::ExitCode;

@@ -8,8 +8,8 @@ use crate::bpf;
 use crate::command::Run;
 use crate::fixtures;
 use crate::go::Go;
-use crate::languages;
 use crate::progress::{note, step};
+use crate::tools;
 use crate::workspace;
 
 /// Installs what is missing; gives the Go that builds the fixtures.
@@ -20,7 +20,7 @@ pub(crate) fn run() -> Result<Go> {
         Ok(())
     })?;
     step("Java, node and Python for the tests", || {
-        languages::ensure();
+        tools::ensure();
         Ok(())
     })?;
     step("Go for the fixtures", || {

@@ -79,6 +79,14 @@ struct TasksJson {
     census_seconds: f64,
     judged: bool,
     untracked_waits: u64,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    schedulers: Vec<SchedulerJson>,
+}
+
+#[derive(Serialize)]
+struct SchedulerJson {
+    id: u64,
+    live: u64,
 }
 
 #[derive(Serialize)]
@@ -326,6 +334,14 @@ impl TasksJson {
             census_seconds: seconds(tasks.census_took),
             judged: tasks.judged,
             untracked_waits: tasks.untracked_waits,
+            schedulers: tasks
+                .schedulers
+                .iter()
+                .map(|scheduler| SchedulerJson {
+                    id: scheduler.id,
+                    live: scheduler.live,
+                })
+                .collect(),
         }
     }
 }

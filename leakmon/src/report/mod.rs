@@ -19,8 +19,8 @@ use std::time::{Duration, SystemTime};
 
 use crate::leak::{History, Verdict};
 use crate::task::{
-    Classify, Coverage, Cycle, Flow, Overhead, Population, Rates, Reconciliation, Runs, SiteFlow,
-    SiteState, State, Tier, merge,
+    Classify, Coverage, Cycle, Flow, Overhead, Population, Rates, Reconciliation, Runs, Scheduler,
+    SiteFlow, SiteState, State, Tier, merge,
 };
 
 /// The process that a report is about.
@@ -170,6 +170,8 @@ pub struct Tasks {
     pub untracked_waits: u64,
     /// Tasks that wait for each other in a circle.
     pub cycles: Vec<Cycle>,
+    /// What keeps the tasks, where a process may have several.
+    pub schedulers: Vec<Scheduler>,
     /// What else is wrong, in sentences.
     pub warnings: Vec<String>,
     /// Sites, those with the most live tasks first.
@@ -254,6 +256,7 @@ impl Tasks {
             judged: history.can_judge(),
             untracked_waits: history.untracked(),
             cycles: population.cycles.clone(),
+            schedulers: population.schedulers.clone(),
             warnings: population.warnings.clone(),
             sites: sites
                 .into_iter()

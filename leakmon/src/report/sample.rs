@@ -122,6 +122,7 @@ impl Census {
         }
         Population {
             cycles: Vec::new(),
+            schedulers: Vec::new(),
             warnings: Vec::new(),
             taken_at: 0,
             took: Duration::from_millis(1),

@@ -8,7 +8,7 @@ use super::text::{FileNames, function, shorten, width};
 use super::{FlowTotals, Report, Runtime, RuntimeReport, SiteReport, Tasks, TierReason};
 use crate::leak::VerdictKind;
 use crate::task::human::{change, count, duration, safe};
-use crate::task::{Cycle, Frame, State};
+use crate::task::{Cycle, Frame, Scheduler, State};
 
 /// How to draw a report.
 #[derive(Clone, Copy, Debug)]
@@ -310,6 +310,27 @@ fn states(tasks: &Tasks) -> Vec<String> {
     states
 }
 
+/// How many there are, and the tasks of those that have the most.
+fn schedulers(schedulers: &[Scheduler]) -> Vec<String> {
+    /// Those that are named.
+    const MOST: usize = 8;
+    let mut most: Vec<&Scheduler> = schedulers.iter().collect();
+    most.sort_by_key(|scheduler| (std::cmp::Reverse(scheduler.live), scheduler.id));
+    let mut parts = vec![count(schedulers.len() as u64)];
+    for scheduler in most.iter().take(MOST) {
+        parts.push(format!(
+            "{} in number {}",
+            count(scheduler.live),
+            scheduler.id
+        ));
+    }
+    if most.len() > MOST {
+        let rest: u64 = most[MOST..].iter().map(|scheduler| scheduler.live).sum();
+        parts.push(format!("{} in the others", count(rest)));
+    }
+    parts
+}
+
 fn head(canvas: &mut Canvas, runtime: &Runtime, tasks: &Tasks) {
     let mut tier = vec![tasks.tier.name().to_owned()];
     match &tasks.flow {
@@ -352,6 +373,9 @@ fn head(canvas: &mut Canvas, runtime: &Runtime, tasks: &Tasks) {
     canvas.row("tier", &tier);
 
     canvas.row(runtime.tasks, &states(tasks));
+    if tasks.schedulers.len() > 1 {
+        canvas.row("schedulers", &schedulers(&tasks.schedulers));
+    }
 
     if let Some(flow) = &tasks.flow {
         flow_rows(canvas, flow);

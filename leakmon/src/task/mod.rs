@@ -234,9 +234,21 @@ pub struct Population {
     pub stacks: Arc<Vec<Stack>>,
     /// Tasks that wait for each other in a circle.
     pub cycles: Vec<Cycle>,
+    /// What keeps the tasks, where a process may have several: tokio's runtimes and
+    /// `LocalSet`s.
+    pub schedulers: Vec<Scheduler>,
     /// What else is wrong, in sentences: `task 7 (app::serve) has run for 3s
     /// without yielding`.
     pub warnings: Vec<String>,
+}
+
+/// One of several schedulers of a runtime in one process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scheduler {
+    /// The number that the runtime gave it: 1 for the first.
+    pub id: u64,
+    /// Its live tasks.
+    pub live: u64,
 }
 
 /// Tasks that wait for each other in a circle: none of them can go on.

@@ -103,6 +103,26 @@ pub(crate) fn scratch() -> tempfile::TempDir {
         .expect("a scratch directory")
 }
 
+/// A copy of the program at `path` in which `to` stands for each `from`.
+pub(crate) fn patched(path: &Path, folder: &Path, from: &[u8], to: &[u8]) -> PathBuf {
+    assert_eq!(from.len(), to.len());
+    use std::os::unix::fs::PermissionsExt;
+    let mut bytes = std::fs::read(path).expect("the fixture");
+    let mut found = 0;
+    for at in 0..bytes.len() - from.len() {
+        if bytes[at..].starts_with(from) {
+            bytes[at..at + to.len()].copy_from_slice(to);
+            found += 1;
+        }
+    }
+    assert!(found > 0, "nothing to patch");
+    let copy =
+        folder.join(String::from_utf8_lossy(to).replace(|c: char| !c.is_alphanumeric(), "_"));
+    std::fs::write(&copy, bytes).expect("the copy");
+    std::fs::set_permissions(&copy, PermissionsExt::from_mode(0o755)).expect("its mode");
+    std::fs::canonicalize(copy).expect("the copy")
+}
+
 /// A child that is killed and reaped with this value, and nothing but it.
 #[derive(Debug)]
 pub(crate) struct Owned(pub(crate) Child);

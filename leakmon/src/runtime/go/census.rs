@@ -559,6 +559,7 @@ impl<M: Memory> Census<M> {
         let now = monotonic_ns();
         let mut population = Population {
             cycles: Vec::new(),
+            schedulers: Vec::new(),
             warnings: Vec::new(),
             taken_at: now,
             took: Duration::ZERO,

@@ -834,6 +834,7 @@ impl Census {
             sites: Arc::clone(&self.tallies.sites),
             stacks: Arc::clone(&self.tallies.stacks),
             cycles: Vec::new(),
+            schedulers: Vec::new(),
             warnings: Vec::new(),
         };
         let mut groups = Groups::default();

@@ -27,8 +27,8 @@ use crate::probe::Counts;
 use crate::process::memory::Memory;
 use crate::runtime::{Kind, Refusal};
 use crate::task::{
-    Age, Cycle, CycleMember, Dump, Frame, Group, Population, Site, SiteId, SiteKey, Stack, StackId,
-    State, Task,
+    Age, Cycle, CycleMember, Dump, Frame, Group, Population, Scheduler, Site, SiteId, SiteKey,
+    Stack, StackId, State, Task,
 };
 
 use super::cells::{Cell, Reader};
@@ -254,6 +254,14 @@ impl<M: Memory> Census<M> {
             sites: Arc::default(),
             stacks: Arc::default(),
             cycles: Vec::new(),
+            schedulers: self
+                .lists
+                .iter()
+                .map(|list| Scheduler {
+                    id: list.id,
+                    live: list.tasks,
+                })
+                .collect(),
             warnings: self.warnings(),
         };
         let waits = self.waits(&found)?;

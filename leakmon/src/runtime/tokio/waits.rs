@@ -20,14 +20,46 @@ const UNKNOWN: &str = "?";
 /// Different words that are told apart in one process.
 const MAX_WORDS: usize = 4096;
 
-/// Judges what a task waits for. Of one that waits for several things at once
-/// nothing is concluded.
+/// Judges what a task waits for: `a|b` for both at once, `a or b` for one of them.
 pub fn classify(reason: &str) -> WaitKind {
+    let mut kinds = reason
+        .split('|')
+        .flat_map(|both| both.split(" or "))
+        .map(one);
+    let first = kinds.next().unwrap_or_default();
+    let rest: Vec<WaitKind> = kinds.collect();
+    let silent = |kind: &WaitKind| kind.class == WaitClass::Silent;
+    if silent(&first) || rest.iter().any(silent) {
+        // What the clock or a socket ends says nothing.
+        return WaitKind::default();
+    }
+    if rest.iter().all(|kind| *kind == first) {
+        return first;
+    }
+    // As in a select: whatever comes first ends it.
+    WaitKind {
+        class: WaitClass::Idle,
+        missing: Some("none of these came"),
+    }
+}
+
+/// Judges one word.
+fn one(reason: &str) -> WaitKind {
     let (class, missing) = match reason {
         "mpsc send" => (WaitClass::Hanging, "nobody received"),
         "mutex" | "rwlock read" | "rwlock write" => (WaitClass::Lock, "nobody unlocked"),
+        "mpsc recv" | "broadcast recv" => (WaitClass::Idle, "nobody sent or closed"),
+        "oneshot recv" => (WaitClass::Idle, "nobody sent, and the sender is held"),
+        "mpsc closed" | "oneshot closed" => (WaitClass::Idle, "nobody closed"),
+        "watch changed" => (WaitClass::Idle, "nobody changed the value"),
+        "notify" => (WaitClass::Idle, "nobody notified"),
+        "semaphore" => (WaitClass::Idle, "nobody released"),
+        "barrier" => (WaitClass::Idle, "too few arrived"),
+        "once cell" => (WaitClass::Idle, "nobody initialised it"),
+        "join" | "join set" => (WaitClass::Idle, "it did not end"),
+        "pending" => (WaitClass::Idle, "nothing can wake it"),
         // Nobody can tell what for.
-        "waiting" => {
+        "waiting" | UNKNOWN => {
             return WaitKind {
                 class: WaitClass::Idle,
                 missing: None,
@@ -310,4 +342,34 @@ fn socket(table: &str, line: &str) -> Option<(u64, Socket)> {
         },
     };
     Some((inode.parse().ok()?, socket))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_waits_let_one_conclude() {
+        for (reason, class) in [
+            ("mpsc send", WaitClass::Hanging),
+            ("mutex", WaitClass::Lock),
+            ("rwlock read or mutex", WaitClass::Lock),
+            ("oneshot recv", WaitClass::Idle),
+            ("waiting", WaitClass::Idle),
+            ("?", WaitClass::Idle),
+            ("pending", WaitClass::Idle),
+            ("mpsc recv|notify", WaitClass::Idle),
+            ("mpsc send|notify", WaitClass::Idle),
+            ("mutex or semaphore", WaitClass::Idle),
+            ("sleep", WaitClass::Silent),
+            ("mpsc recv|sleep", WaitClass::Silent),
+            ("interval or sleep", WaitClass::Silent),
+            ("tcp read", WaitClass::Silent),
+            ("io read|?", WaitClass::Silent),
+            ("idle", WaitClass::Silent),
+            ("", WaitClass::Silent),
+        ] {
+            assert_eq!(classify(reason).class, class, "{reason}");
+        }
+    }
 }

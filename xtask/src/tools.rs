@@ -1,19 +1,21 @@
-//! The languages of fixtures/threads/languages: their programs are run as they are.
+//! Programs that the tests run: the languages of fixtures/threads/languages, and a debugger that reads what leakmon reads.
 
 use crate::command::Run;
 use crate::debian;
 use crate::progress::note;
 
-/// Programs that run them, and Debian's package that has each. The JDK, for the JVM compiles a source before it runs it.
-const LANGUAGES: &[(&str, &str)] = &[
+/// The programs, and Debian's package that has each. The JDK, for the JVM compiles a source before it runs it.
+const TOOLS: &[(&str, &str)] = &[
     ("javac", "default-jdk-headless"),
     ("node", "nodejs"),
     ("python3", "python3"),
+    ("gdb", "gdb"),
+    ("strip", "binutils"),
 ];
 
 /// Installs what is missing, where this system is Debian. The tests say what they could not run.
 pub(crate) fn ensure() {
-    let missing: Vec<&str> = LANGUAGES
+    let missing: Vec<&str> = TOOLS
         .iter()
         .filter(|(program, _)| !Run::new(program).arg("--version").succeeds())
         .map(|(_, package)| *package)
@@ -27,7 +29,7 @@ pub(crate) fn ensure() {
     };
     if let Err(error) = installed {
         note(format!(
-            "threads of some languages are not tested without {}: {error:#}",
+            "some programs cannot be tested without {}: {error:#}",
             missing.join(", ")
         ));
     }
