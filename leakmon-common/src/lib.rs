@@ -356,7 +356,7 @@ mod tests {
         assert_eq!(size_of::<WaitKey>(), 2 * 4 + 2 * 8 + WAIT_FRAMES * 8);
         assert_eq!(size_of::<WaitCount>(), (6 + HISTOGRAM_BUCKETS) * 8);
         assert_eq!(size_of::<Parked>(), 2 * 8 + 2 * 4 + WAIT_FRAMES * 8);
-        assert_eq!(size_of::<threads::KernelOffsets>(), 6 * 4);
+        assert_eq!(size_of::<threads::KernelOffsets>(), 7 * 4);
         assert_eq!(size_of::<threads::ThreadRecord>(), 7 * 8 + 2 * 4);
         assert_eq!(size_of::<tokio::TaskEntry>(), 7 * 8 + 2 * 4);
         assert_eq!(size_of::<tokio::Polls>(), 10 * 8);

@@ -87,6 +87,12 @@ pub enum Unknown {
         .0.map_or_else(String::new, |version| format!(" (tokio {version})"))
     )]
     NoVtable(Option<Version>),
+    /// Its paths are those of another tokio than its vtables.
+    #[error(
+        "says that it is built with tokio {0}, but its task vtables are those of 1.23 or later; \
+         leakmon does not guess which is true"
+    )]
+    Contradiction(Version),
     /// The file cannot be read.
     #[error("{0}")]
     Elf(String),
@@ -122,6 +128,12 @@ pub fn find<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Result<Option<Found>, Un
             vtables,
         })
     };
+    let older = |layout, vtables: Vec<Vtable>| match vtables.is_empty() {
+        false => Ok(found(layout, vtables)),
+        // Parts of tokio can be used without a runtime.
+        true if said.spawns => Err(Unknown::NoVtable(said.version)),
+        true => Ok(None),
+    };
     let layout = said.version.map(Layout::of);
     match layout {
         _ if !said.tokio => {
@@ -135,9 +147,16 @@ pub fn find<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Result<Option<Found>, Un
         },
         Some(None) => Ok(None),
         Some(Some(Layout::V23)) | None if !modern.is_empty() => Ok(found(Layout::V23, modern)),
+        // Nothing else looks like these.
+        Some(Some(Layout::V18 | Layout::V21)) if !code.starts.is_empty() && !modern.is_empty() => {
+            match said.version {
+                Some(version) => Err(Unknown::Contradiction(version)),
+                None => Ok(None),
+            }
+        }
         Some(Some(Layout::V21)) => {
             let vtables: Vec<Vtable> = runs.iter().filter_map(with_trailer).collect();
-            Ok(found(Layout::V21, vtables).filter(|found| !found.vtables.is_empty()))
+            older(Layout::V21, vtables)
         }
         Some(Some(Layout::V18)) => {
             let referenced = References::find(elf, file, &data);
@@ -145,7 +164,7 @@ pub fn find<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Result<Option<Found>, Un
                 .iter()
                 .flat_map(|run| without_offsets(run, &referenced))
                 .collect();
-            Ok(found(Layout::V18, vtables).filter(|found| !found.vtables.is_empty()))
+            older(Layout::V18, vtables)
         }
         // Parts of tokio can be used without a runtime.
         _ if said.spawns => Err(Unknown::NoVtable(said.version)),
