@@ -583,7 +583,14 @@ impl<M: Memory> Census<M> {
             if *tries > RETRIES || (known.is_none() && self.owners.len() >= MAX_OWNERS) {
                 continue;
             }
-            if !lists::is_scheduler(&self.memory, cell.scheduler)? {
+            // A scheduler has one list. What has another id was left of a task
+            // somewhere, and partly written over.
+            let has_list = |owner: &Owner| {
+                owner.scheduler == cell.scheduler && owner.id != cell.owner && owner.place.is_some()
+            };
+            if self.owners.iter().any(has_list)
+                || !lists::is_scheduler(&self.memory, cell.scheduler)?
+            {
                 continue;
             }
             let place = lists::find(&self.reader(), cell)?;
@@ -816,7 +823,13 @@ impl<M: Memory> Census<M> {
             .collect();
         let unstable = members.iter().filter(|cell| !linked(cell)).count() as u64;
         let members: Vec<u64> = members.iter().map(|cell| cell.addr).collect();
-        if members.is_empty() {
+        // From 1.38 on every list is where it is looked for. What looks like the only
+        // task of another is what was left of one somewhere.
+        let old = self
+            .program
+            .version
+            .is_some_and(|version| version.minor < 38);
+        if members.is_empty() || (members.len() == 1 && !old) {
             return Ok(None);
         }
         let list = List {
