@@ -4,6 +4,8 @@
 
 pub mod binary;
 pub mod cli;
+pub mod config;
+pub mod export;
 pub mod leak;
 pub mod probe;
 pub mod process;

@@ -1,5 +1,6 @@
 //! The command line: one file a command.
 
+pub mod daemon;
 pub mod doctor;
 mod screen;
 pub mod stacks;
@@ -7,6 +8,7 @@ pub mod system;
 pub mod watch;
 
 use std::io;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -117,6 +119,9 @@ enum Command {
     /// Print every goroutine, tokio task or thread of a process, as Go's own dumps
     /// do.
     Stacks(StacksArgs),
+    /// Watch the whole machine for good, and export what is seen: Prometheus, HTTP
+    /// (see deploy/leakmon.toml).
+    Daemon(DaemonArgs),
     /// Say what this kernel and these capabilities allow, and what to do about
     /// the rest.
     Doctor,
@@ -185,6 +190,17 @@ pub struct StacksArgs {
     /// How to print them.
     #[arg(long, value_enum, default_value_t = StacksFormat::Debug2)]
     format: StacksFormat,
+}
+
+/// What `leakmon daemon` takes.
+#[derive(Clone, Debug, Args)]
+pub struct DaemonArgs {
+    /// Its configuration, in TOML; without it everything is at its default.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Say whether the configuration is good, and do nothing else.
+    #[arg(long)]
+    check_config: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -267,6 +283,7 @@ pub fn run() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
         Some(Command::Stacks(args)) => stacks::run(&args),
+        Some(Command::Daemon(args)) => daemon::run(&args),
         Some(Command::Doctor) => doctor::run(),
         None if cli.watch.pids.is_empty() => system::run(cli.watch),
         None => watch::run(cli.watch),

@@ -9,9 +9,9 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::probe::ProcessEvents;
-use crate::process::discovery::Filter;
 use crate::report::overview::{self, Overview};
 use crate::watch::KernelSide;
+use crate::watch::rules::{Depth, Rule};
 use crate::watch::system::{Options, System};
 
 use super::screen::{Terminal, coloured, size};
@@ -45,7 +45,7 @@ fn failed(error: &io::Error) -> Failure {
 }
 
 /// Every process that is read takes two open files.
-fn more_files() {
+pub(super) fn more_files() {
     let limit = getrlimit(Resource::RLIMIT_NOFILE);
     if let Ok((_, hard)) = limit
         && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
@@ -111,11 +111,15 @@ fn refresh(
 ) {
     let kernel = Arc::new(KernelSide::new(false));
     let mut system = System::new(Options {
-        filter: Filter {
-            name: args.name.clone(),
-            uid: args.user,
+        rules: vec![Rule {
+            executable: args.name.clone(),
+            user: args.user,
             cgroup: args.cgroup.clone(),
-        },
+            ..Rule::default()
+        }],
+        otherwise: Depth::Off,
+        max_overhead: 0.0,
+        otel_environment: false,
         all_runtimes: args.all_runtimes,
         kernel: Arc::clone(&kernel),
     });
@@ -123,7 +127,7 @@ fn refresh(
     let mut due = Duration::ZERO;
     let mut events = None;
     loop {
-        let overview = system.refresh(args.interval);
+        let overview = system.refresh(args.interval).map(|()| system.overview());
         let over = overview.is_err();
         if overviews.blocking_send(overview).is_err() || over || args.once {
             return;
@@ -166,7 +170,7 @@ fn refresh(
 
 /// The kernel's word of processes that come, go and change; `None` where it
 /// does not give it. They are found every interval then.
-fn listen(kernel: &KernelSide) -> Option<ProcessEvents> {
+pub(super) fn listen(kernel: &KernelSide) -> Option<ProcessEvents> {
     match kernel.reading()?.events() {
         Ok(events) => Some(events),
         Err(error) => {

@@ -54,6 +54,13 @@ pub enum VerdictKind {
 }
 
 impl VerdictKind {
+    /// Every kind.
+    pub const ALL: [VerdictKind; 3] = [
+        VerdictKind::Stuck,
+        VerdictKind::Growing,
+        VerdictKind::RuntimeProven,
+    ];
+
     /// The word in reports.
     pub fn name(self) -> &'static str {
         match self {

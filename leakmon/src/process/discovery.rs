@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Read as _};
+use std::time::Duration;
 
 use globset::{Glob, GlobMatcher};
 use nix::unistd::{Uid, User};
@@ -37,6 +38,20 @@ pub struct Incarnation {
     /// Where its program's stack begins: the kernel chooses anew at each exec
     /// (0 where it may not be seen).
     start_stack: u64,
+}
+
+impl Incarnation {
+    /// Clock ticks a second (USER_HZ, the same on every architecture that leakmon
+    /// is for).
+    const TICKS: u64 = 100;
+
+    /// How long the process has run.
+    pub fn age(&self) -> Duration {
+        // The clock that the kernel counts starts by: it goes on in suspension.
+        let now = nix::time::ClockId::CLOCK_BOOTTIME.now();
+        let now = now.map_or(Duration::ZERO, Duration::from);
+        now.saturating_sub(Duration::from_millis(self.start_time * 1000 / Self::TICKS))
+    }
 }
 
 /// Every process that runs a program, in the order of the pids. Kernel threads
@@ -102,30 +117,6 @@ fn choose_cgroup(text: &str) -> Option<&str> {
         .or(unified)
         .or(lines.first())
         .map(|(_, path)| *path)
-}
-
-/// Which processes are wanted. Each that is given must fit.
-#[derive(Clone, Debug, Default)]
-pub struct Filter {
-    /// Of the file name of the executable, or what the kernel calls the process.
-    pub name: Option<GlobMatcher>,
-    /// The real user id.
-    pub uid: Option<u32>,
-    /// Of the control group's path.
-    pub cgroup: Option<GlobMatcher>,
-}
-
-impl Filter {
-    /// Whether a process of this name, user and control group is wanted.
-    pub fn wants(&self, names: &[&str], uid: u32, cgroup: impl FnOnce() -> Option<String>) -> bool {
-        let named = |glob: &GlobMatcher| names.iter().any(|name| glob.is_match(name));
-        self.name.as_ref().is_none_or(named)
-            && self.uid.is_none_or(|wanted| wanted == uid)
-            && self
-                .cgroup
-                .as_ref()
-                .is_none_or(|glob| cgroup().is_some_and(|path| glob.is_match(path.as_str())))
-    }
 }
 
 /// A pattern with `*` and `?`; one without matches what contains it.
@@ -223,14 +214,6 @@ mod tests {
         assert!(!pattern("prom*r").unwrap().is_match("prometheus"));
         assert!(pattern("*/kubepods*").unwrap().is_match("/a/kubepods/pod1"));
         assert!(pattern("[").is_err());
-        let filter = Filter {
-            name: Some(pattern("etcd").unwrap()),
-            uid: Some(7),
-            cgroup: None,
-        };
-        assert!(filter.wants(&["etcd", "x"], 7, || None));
-        assert!(!filter.wants(&["etcd"], 8, || None));
-        assert!(!filter.wants(&["caddy"], 7, || None));
     }
 
     #[test]

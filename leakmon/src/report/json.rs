@@ -407,6 +407,24 @@ impl<'a> RuntimeReportJson<'a> {
     }
 }
 
+/// Writes the sites with this id, of whatever runtimes, as a JSON array and a line
+/// feed; `false`, and nothing, when there are none.
+///
+/// # Errors
+/// Of `out`.
+pub fn write_site(report: &Report, id: &str, out: &mut dyn io::Write) -> io::Result<bool> {
+    let tasks = report.runtimes.iter().flat_map(|runtime| &runtime.tasks);
+    let sites: Vec<SiteJson<'_>> = tasks
+        .flat_map(|tasks| &tasks.sites)
+        .filter(|site| site.state.id.to_string() == id)
+        .map(SiteJson::new)
+        .collect();
+    if sites.is_empty() {
+        return Ok(false);
+    }
+    line(&sites, out).map(|()| true)
+}
+
 /// Writes a report as one JSON object and a line feed. `top` leaves out all
 /// but so many sites of each runtime (and the suspects, which stay in any
 /// case).

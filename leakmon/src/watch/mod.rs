@@ -2,7 +2,9 @@
 //! probes between, and a report of both.
 
 mod attachment;
+pub mod dump;
 mod kernel_side;
+pub mod rules;
 pub mod system;
 
 use std::sync::Arc;
@@ -125,6 +127,9 @@ impl Watch {
                         history: History::new(),
                         attachment: match options.tier {
                             Some(Tier::Census) => Attachment::None(TierReason::Fixed),
+                            None if options.highest == Tier::Census => {
+                                Attachment::None(TierReason::Fixed)
+                            }
                             _ if options.once => Attachment::None(TierReason::Once),
                             _ => Attachment::Pending,
                         },
@@ -229,6 +234,22 @@ impl Watch {
             }
         }
         Ok(())
+    }
+
+    /// Lets the budget go as high as `tier` from now on; what is attached goes, and
+    /// comes again with [`Watch::attach`].
+    pub fn reach(&mut self, tier: Tier) {
+        self.options.highest = tier;
+        for live in self
+            .runtimes
+            .iter_mut()
+            .flat_map(|watched| &mut watched.state)
+        {
+            live.attachment = match tier {
+                Tier::Census => Attachment::None(TierReason::Fixed),
+                Tier::Lifecycle | Tier::Blocking => Attachment::Pending,
+            };
+        }
     }
 
     /// Attaches what was asked for, once; waits for the kernel side.

@@ -1,25 +1,28 @@
-//! Watches every process of the machine by censuses alone: nothing is attached
-//! to any of them.
+//! Watches every process of the machine, as closely as rules say: by censuses
+//! alone, where nothing else is asked for.
 //!
 //! Each refresh takes one look at `/proc/PID/stat` of every process, and a
 //! census of each runtime in those that have one. What that may cost is
 //! bounded: a process whose census takes long is read less often, so that all of
 //! them together stay within [`SHARE`] of one core.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::probe::ProcessEvent;
-use crate::process::discovery::{self, Filter, Glance, Incarnation};
+use crate::process::container::Placement;
+use crate::process::discovery::{self, Glance, Incarnation};
+use crate::process::environment::Environment;
 use crate::process::identity::Process;
 use crate::report::overview::{Overview, Row, RuntimeRow};
 use crate::report::{Report, RuntimeReport};
-use crate::runtime::{Cache, Refusal};
+use crate::runtime::{Cache, Kind, Refusal};
 use crate::task::Tier;
 
+use super::rules::{Candidate, Depth, Depths, Rule};
 use super::{KernelSide, Watch};
 
 /// Share of one core that the censuses of all processes may take.
@@ -28,11 +31,29 @@ const SHARE: f64 = 0.012;
 /// Processes that are opened at once: opening waits for files and memory.
 const OPENERS: usize = 2;
 
+/// Time of a refresh that may be spent on attaching probes: the kernel takes its
+/// time for each process.
+const ATTACHING: Duration = Duration::from_millis(200);
+
+/// Points of a process's past that are kept, and the time between them: an hour.
+const PAST: usize = 60;
+const PAST_EVERY: Duration = Duration::from_secs(60);
+
+/// Clock ticks a second of `/proc/PID/stat` (USER_HZ, the same on every
+/// architecture that leakmon is for).
+const TICKS: u64 = 100;
+
 /// How the machine is watched.
 #[derive(Clone)]
 pub struct Options {
-    /// Which processes.
-    pub filter: Filter,
+    /// Which processes, and how closely: the first that fits decides.
+    pub rules: Vec<Rule>,
+    /// What is done with those that none fits.
+    pub otherwise: Depth,
+    /// What probes may cost a process, in percent of its CPU time.
+    pub max_overhead: f64,
+    /// Read the service's name and attributes in the processes' environments.
+    pub otel_environment: bool,
     /// Look at what each thread does, too; otherwise they are counted.
     pub all_runtimes: bool,
     /// What tells the registers of threads.
@@ -55,12 +76,93 @@ pub struct System {
     told: bool,
 }
 
+/// Everything that is known at one moment, for exports.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// Wall clock.
+    pub at: SystemTime,
+    /// The processes that are watched, by pid.
+    pub processes: Vec<ProcessSnapshot>,
+    /// Processes of the machine that came and that went since the watch began.
+    pub came: u64,
+    /// See `came`.
+    pub went: u64,
+    /// What leakmon itself uses; `None` where `/proc` does not tell.
+    pub own: Option<Own>,
+    /// Since the watch began.
+    pub elapsed: Duration,
+    /// The longest time since a process was read.
+    pub oldest_reading: Duration,
+}
+
+impl Snapshot {
+    /// What the table shows of it.
+    pub fn overview(&self) -> Overview {
+        let rows = self.processes.iter().map(|process| process.row.clone());
+        Overview::new(
+            self.at,
+            self.elapsed,
+            rows.collect(),
+            (self.came, self.went),
+            self.oldest_reading,
+        )
+    }
+}
+
+/// What leakmon itself uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Own {
+    /// CPU time so far.
+    pub cpu: Duration,
+    /// Resident memory, in bytes.
+    pub resident: u64,
+}
+
+/// One process in a [`Snapshot`].
+#[derive(Clone, Debug)]
+pub struct ProcessSnapshot {
+    /// What the table shows of it.
+    pub row: Row,
+    /// Who runs it.
+    pub placement: Placement,
+    /// What it is called as a service: by its own environment, its pod's container,
+    /// or systemd's unit.
+    pub service: Option<String>,
+    /// Attributes that it says of itself.
+    pub attributes: Vec<(String, String)>,
+    /// How closely it is watched.
+    pub depth: Depth,
+    /// What was read of it last; `None` when nothing is read but its threads.
+    pub report: Option<Arc<Report>>,
+    /// Live tasks over the last hour, the oldest first.
+    pub past: Vec<Past>,
+}
+
+/// Live tasks of a process at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Past {
+    /// Wall clock.
+    pub at: SystemTime,
+    /// Threads.
+    pub threads: u64,
+    /// Goroutines and tokio tasks.
+    pub tasks: u64,
+}
+
 /// One process.
 struct Entry {
     incarnation: Incarnation,
-    /// Wanted by the filter.
-    wanted: bool,
+    /// How closely it is watched at what age.
+    depths: Depths,
+    /// It was found gone or changed: the next look tells.
+    lost: bool,
+    placement: Placement,
+    environment: Environment,
+    past: VecDeque<Past>,
+    /// It is not watched at its age, and was not looked into for that.
+    skipped: bool,
     name: String,
+    path: String,
     command: String,
     uid: u32,
     cgroup: Option<String>,
@@ -83,11 +185,12 @@ enum State {
 
 struct Open {
     watch: Watch,
+    depth: Depth,
     /// When it was read last, and how long that took.
     read_at: Option<Instant>,
     took: Duration,
     /// What was read last.
-    report: Option<Report>,
+    report: Option<Arc<Report>>,
     /// Live tasks when each runtime was first read, and when that was.
     first: BTreeMap<&'static str, (Instant, u64)>,
 }
@@ -95,9 +198,14 @@ struct Open {
 impl System {
     /// Nothing looked at yet.
     pub fn new(options: Options) -> System {
+        System::sharing(options, Arc::new(Cache::default()))
+    }
+
+    /// The same, with what others have found in programs.
+    pub fn sharing(options: Options, cache: Arc<Cache>) -> System {
         System {
             options,
-            cache: Arc::new(Cache::default()),
+            cache,
             started: Instant::now(),
             entries: BTreeMap::new(),
             users: BTreeMap::new(),
@@ -139,12 +247,106 @@ impl System {
     ///
     /// # Errors
     /// `/proc` cannot be listed.
-    pub fn refresh(&mut self, interval: Duration) -> io::Result<Overview> {
-        let at = SystemTime::now();
+    pub fn refresh(&mut self, interval: Duration) -> io::Result<()> {
         self.look()?;
         self.open_new();
+        self.deepen();
         self.read(interval);
-        Ok(self.overview(at))
+        self.remember();
+        Ok(())
+    }
+
+    /// Other rules from now on. Processes that they treat as before are watched on
+    /// as before.
+    pub fn set_options(&mut self, options: Options) {
+        self.options = options;
+        for (pid, entry) in &mut self.entries {
+            if let Some(depths) = entry.judge(*pid, &self.options) {
+                entry.depths = depths;
+            }
+        }
+    }
+
+    /// Watches each process as closely as its age and the rules say.
+    fn deepen(&mut self) {
+        let started = Instant::now();
+        for (pid, entry) in &mut self.entries {
+            let depth = entry.depth();
+            match &mut entry.state {
+                State::Open(_) if depth == Depth::Off => {
+                    entry.skipped = true;
+                    entry.state = State::Plain;
+                }
+                State::Open(open) if open.depth != depth => {
+                    if started.elapsed() > ATTACHING {
+                        continue;
+                    }
+                    if let Some(tier) = depth.tier() {
+                        open.watch.reach(tier);
+                        open.depth = depth;
+                        if let Err(error) = open.watch.attach() {
+                            tracing::info!("pid {pid}: {error}");
+                        }
+                    }
+                }
+                // It was not watched at this age before.
+                State::Plain if depth != Depth::Off && entry.skipped => {
+                    entry.skipped = false;
+                    entry.state = State::New;
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Keeps what lives now, every so often.
+    fn remember(&mut self) {
+        let at = SystemTime::now();
+        for entry in self.entries.values_mut() {
+            let last = entry.past.back().map(|past| past.at);
+            let due = last.is_none_or(|last| {
+                at.duration_since(last)
+                    .is_ok_and(|since| since >= PAST_EVERY)
+            });
+            if due {
+                if entry.past.len() >= PAST {
+                    entry.past.pop_front();
+                }
+                entry.past.push_back(entry.now(at));
+            }
+        }
+    }
+
+    /// Everything that is known now.
+    pub fn snapshot(&mut self) -> Snapshot {
+        let at = SystemTime::now();
+        let rows = self.rows();
+        let processes = rows.into_iter().filter_map(|row| {
+            let entry = self.entries.get(&row.pid)?;
+            let mut past: Vec<Past> = entry.past.iter().copied().collect();
+            past.push(entry.now(at));
+            Some(ProcessSnapshot {
+                service: entry.service(),
+                attributes: entry.environment.attributes.clone(),
+                placement: entry.placement.clone(),
+                depth: entry.depth(),
+                report: match &entry.state {
+                    State::Open(open) => open.report.clone(),
+                    _ => None,
+                },
+                past,
+                row,
+            })
+        });
+        Snapshot {
+            at,
+            processes: processes.collect(),
+            came: self.came,
+            went: self.went,
+            own: own(),
+            elapsed: self.started.elapsed(),
+            oldest_reading: self.oldest_reading(),
+        }
     }
 
     /// Takes in who came, went, or runs another program now.
@@ -213,24 +415,28 @@ impl System {
             };
             match opening {
                 Some(opening) => {
-                    entry.wanted = opening.wanted;
                     entry.uid = opening.uid;
                     entry.cgroup = opening.cgroup;
+                    entry.placement = opening.placement;
+                    entry.environment = opening.environment;
                     entry.command = opening.command;
+                    entry.path = opening.path;
                     if let Some(name) = opening.name {
                         entry.name = name;
                     }
+                    entry.depths = opening.depths;
+                    entry.skipped = opening.skipped;
                     entry.state = opening.state;
                 }
                 // It is gone, or has changed: the next look tells.
-                None => entry.wanted = false,
+                None => entry.lost = true,
             }
         }
     }
 
     /// Takes the censuses that are due.
     fn read(&mut self, interval: Duration) {
-        let open = |entry: &&mut Entry| entry.wanted && matches!(entry.state, State::Open(_));
+        let open = |entry: &&mut Entry| !entry.lost && matches!(entry.state, State::Open(_));
         let number = self.entries.values_mut().filter(open).count();
         // What one process may take of a core.
         let share = SHARE / number.max(1) as f64;
@@ -246,18 +452,41 @@ impl System {
             if due && let Err(refusal) = open.read() {
                 match refusal.ends_the_watch() {
                     // It is gone, or runs another program: the next look tells.
-                    true => entry.wanted = false,
+                    true => entry.lost = true,
                     false => entry.state = State::Closed(refusal.to_string()),
                 }
             }
         }
     }
 
-    fn overview(&mut self, at: SystemTime) -> Overview {
+    /// Everything that is known now, for the table.
+    pub fn overview(&mut self) -> Overview {
+        let rows = self.rows();
+        Overview::new(
+            SystemTime::now(),
+            self.started.elapsed(),
+            rows,
+            (self.came, self.went),
+            self.oldest_reading(),
+        )
+    }
+
+    fn oldest_reading(&self) -> Duration {
+        let ages = self
+            .entries
+            .values()
+            .filter_map(|entry| match &entry.state {
+                State::Open(open) => Some(open.read_at?.elapsed()),
+                _ => None,
+            });
+        ages.max().unwrap_or_default()
+    }
+
+    /// A row for each process that is watched, by pid.
+    fn rows(&mut self) -> Vec<Row> {
         let mut rows = Vec::new();
-        let mut read_every = Duration::ZERO;
         for (pid, entry) in &self.entries {
-            if !entry.wanted {
+            if entry.lost || entry.depth() == Depth::Off {
                 continue;
             }
             let user = self
@@ -282,22 +511,11 @@ impl System {
             match &entry.state {
                 State::New | State::Plain => {}
                 State::Closed(why) => row.not_read = Some(why.clone()),
-                State::Open(open) => {
-                    if let Some(at) = open.read_at {
-                        read_every = read_every.max(at.elapsed());
-                    }
-                    open.describe(&mut row);
-                }
+                State::Open(open) => open.describe(&mut row),
             }
             rows.push(row);
         }
-        Overview::new(
-            at,
-            self.started.elapsed(),
-            rows,
-            (self.came, self.went),
-            read_every,
-        )
+        rows
     }
 }
 
@@ -305,8 +523,14 @@ impl Entry {
     fn new(glance: Glance) -> Entry {
         Entry {
             incarnation: glance.incarnation,
-            wanted: true,
+            depths: Depths::default(),
+            lost: false,
+            skipped: false,
+            placement: Placement::default(),
+            environment: Environment::default(),
+            past: VecDeque::new(),
             name: glance.name,
+            path: String::new(),
             command: String::new(),
             uid: 0,
             cgroup: None,
@@ -316,72 +540,137 @@ impl Entry {
             state: State::New,
         }
     }
+
+    /// How closely it is watched now.
+    fn depth(&self) -> Depth {
+        self.depths.at(self.incarnation.age())
+    }
+
+    /// What the rules say of it; `None` before it was looked into.
+    fn judge(&self, pid: u32, options: &Options) -> Option<Depths> {
+        if matches!(self.state, State::New) {
+            return None;
+        }
+        let comm = discovery::glance(pid)?.name;
+        let candidate = Candidate {
+            names: &[&self.path, &self.name, &comm],
+            uid: self.uid,
+            cgroup: self.cgroup.as_deref(),
+            container: self.placement.container.as_deref(),
+        };
+        Some(Depths::of(&options.rules, options.otherwise, candidate))
+    }
+
+    fn now(&self, at: SystemTime) -> Past {
+        let runtimes = match &self.state {
+            State::Open(open) => open.report.as_ref().map(|report| &report.runtimes),
+            _ => None,
+        };
+        let tasks = runtimes
+            .into_iter()
+            .flatten()
+            .filter(|runtime| runtime.runtime.name != Kind::Threads.name())
+            .filter_map(|runtime| Some(runtime.tasks.as_ref().ok()?.count));
+        Past {
+            at,
+            threads: self.threads,
+            tasks: tasks.sum(),
+        }
+    }
+
+    fn service(&self) -> Option<String> {
+        let environment = self.environment.service.clone();
+        environment.or_else(|| self.placement.unit.clone())
+    }
 }
 
 /// What the first look into a process finds.
 struct Opening {
-    wanted: bool,
+    depths: Depths,
+    /// It is not watched at its age, and may be later.
+    skipped: bool,
     uid: u32,
+    path: String,
     name: Option<String>,
     command: String,
     cgroup: Option<String>,
+    placement: Placement,
+    environment: Environment,
     state: State,
 }
 
 impl Opening {
     /// `None` when the process is gone.
     fn of(pid: u32, options: &Options, cache: &Cache) -> Option<Opening> {
+        let glance = discovery::glance(pid)?;
+        let cgroup = discovery::cgroup(pid);
+        let placement = cgroup.as_deref().map(Placement::of).unwrap_or_default();
+        let depths = |names: &[&str], uid| {
+            let candidate = Candidate {
+                names,
+                uid,
+                cgroup: cgroup.as_deref(),
+                container: placement.container.as_deref(),
+            };
+            Depths::of(&options.rules, options.otherwise, candidate)
+        };
         let process = match Process::open(pid) {
             Ok(process) => process,
             Err(error) => {
-                let glance = discovery::glance(pid)?;
                 let uid = discovery::uid_of(pid)?;
-                let cgroup = discovery::cgroup(pid);
-                let wanted = options
-                    .filter
-                    .wants(&[&glance.name], uid, || cgroup.clone());
                 return Some(Opening {
-                    wanted,
+                    depths: depths(&[&glance.name], uid),
+                    skipped: false,
                     uid,
+                    path: String::new(),
                     name: None,
                     command: String::new(),
                     cgroup,
+                    placement,
+                    environment: Environment::default(),
                     state: State::Closed(error.to_string()),
                 });
             }
         };
         let identity = &process.identity;
         let uid = identity.uid;
-        let cgroup = discovery::cgroup(pid);
-        let comm = discovery::glance(pid)?.name;
+        let path = identity.executable.to_string_lossy();
+        let path = path.strip_suffix(" (deleted)").unwrap_or(&path).to_owned();
         let file = identity.executable.file_name().unwrap_or_default();
-        let file = file.to_string_lossy().into_owned();
+        let file = file.to_string_lossy();
         let name = file.strip_suffix(" (deleted)").unwrap_or(&file).to_owned();
-        let wanted = options
-            .filter
-            .wants(&[&name, &comm], uid, || cgroup.clone());
+        let depths = depths(&[&path, &name, &glance.name], uid);
         let command = identity.command_line.join(" ");
-        let state = match wanted {
-            false => State::Plain,
-            true => open(process, options, cache),
+        let environment = match options.otel_environment {
+            true => Environment::of(pid),
+            false => Environment::default(),
+        };
+        let depth = depths.at(glance.incarnation.age());
+        let state = match depth {
+            Depth::Off => State::Plain,
+            _ => open(process, options, cache),
         };
         Some(Opening {
-            wanted,
+            skipped: depth == Depth::Off && depths.ever(),
+            depths,
             uid,
+            path,
             name: Some(name),
             command,
             cgroup,
+            placement,
+            environment,
             state,
         })
     }
 }
 
-/// Begins to watch a process, by its census alone.
+/// Begins to watch a process, by its census at first.
 fn open(process: Process, options: &Options, cache: &Cache) -> State {
     let options_of_watch = super::Options {
-        tier: Some(Tier::Census),
+        tier: None,
         once: false,
-        max_overhead: 0.0,
+        max_overhead: options.max_overhead,
         all_runtimes: options.all_runtimes,
         threads: options.all_runtimes,
         highest: Tier::Census,
@@ -391,6 +680,7 @@ fn open(process: Process, options: &Options, cache: &Cache) -> State {
         Ok(watch) if watch.is_empty() => State::Plain,
         Ok(watch) => State::Open(Box::new(Open {
             watch,
+            depth: Depth::Census,
             read_at: None,
             took: Duration::ZERO,
             report: None,
@@ -412,7 +702,7 @@ impl Open {
                 self.first.entry(runtime.name).or_insert((now, tasks.count));
             }
         }
-        self.report = Some(report);
+        self.report = Some(Arc::new(report));
         Ok(())
     }
 
@@ -455,4 +745,13 @@ impl Open {
             }
         }
     }
+}
+
+/// What leakmon itself has used so far.
+fn own() -> Option<Own> {
+    let stat = procfs::process::Process::myself().ok()?.stat().ok()?;
+    Some(Own {
+        cpu: Duration::from_millis((stat.utime + stat.stime) * 1000 / TICKS),
+        resident: stat.rss * procfs::page_size(),
+    })
 }
