@@ -13,6 +13,8 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("prometheus-node-exporter", "prometheus-node-exporter"),
     ("etcd-server", "etcd"),
     ("caddy", "caddy"),
+    ("prometheus", "prometheus"),
+    ("prometheus", "promtool"),
 ];
 
 /// Makes sure that the programs are in the cache, and gives their folder.

@@ -1,0 +1,658 @@
+//! `leakmon daemon`, as a Prometheus server, a person with curl, systemd and an
+//! attacker meet it.
+//!
+//! Needs root, and the fixtures (see `common`).
+
+mod common;
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Connection, Owned, Running, Started, fixture, leakmon, run, scratch, wait_until};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+/// A daemon of the test's own, on a port of its own.
+struct Daemon {
+    child: Started,
+    address: String,
+    folder: tempfile::TempDir,
+}
+
+impl Daemon {
+    /// With these lines in its configuration besides its address.
+    fn start(top: &str, http: &str, rest: &str) -> Daemon {
+        let folder = scratch();
+        let text = format!(
+            "interval = \"1s\"\n{top}\n[http]\nlisten = \"127.0.0.1:0\"\n{http}\n[dumps]\nfolder = \"{}\"\nkeep = 2\n{rest}\n",
+            folder.path().join("dumps").display()
+        );
+        let config = folder.path().join("leakmon.toml");
+        std::fs::write(&config, text).expect("a configuration");
+        let child = Started::start(leakmon(["daemon", "--config"]).arg(&config));
+        let line = child.wait_for_line();
+        let address = line.trim().strip_prefix("listening on ");
+        let address = address.unwrap_or_else(|| panic!("{line}")).to_owned();
+        let daemon = Daemon {
+            child,
+            address,
+            folder,
+        };
+        wait_until("it has read the processes", || {
+            daemon
+                .raw("GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                .starts_with("HTTP/1.1 200")
+        });
+        daemon
+    }
+
+    fn config(&self) -> PathBuf {
+        self.folder.path().join("leakmon.toml")
+    }
+
+    #[track_caller]
+    fn get(&self, path: &str) -> String {
+        let mut connection = Connection::open(&self.address).expect("a connection");
+        connection.get(path)
+    }
+
+    #[track_caller]
+    fn json(&self, path: &str) -> Value {
+        let text = self.get(path);
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+    }
+
+    /// What it answers to these bytes until it closes the connection.
+    fn raw(&self, request: &str) -> String {
+        let address: SocketAddr = self.address.parse().expect("an address");
+        let mut stream = TcpStream::connect(address).expect("a connection");
+        stream
+            .set_read_timeout(Some(common::LIMIT))
+            .expect("a limit");
+        // It may close before it has read all.
+        let _ = stream.write_all(request.as_bytes());
+        let mut answer = Vec::new();
+        let mut buffer = [0; 4096];
+        loop {
+            match stream.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(len) => answer.extend_from_slice(&buffer[..len]),
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        String::from_utf8_lossy(&answer).into_owned()
+    }
+
+    /// The value of a metric of a process.
+    fn metric(&self, name: &str, pid: u32) -> Option<f64> {
+        let start = format!("{name}{{pid=\"{pid}\"");
+        let text = self.get("/metrics");
+        let line = text.lines().find(|line| line.starts_with(&start))?;
+        line.rsplit(' ').next()?.parse().ok()
+    }
+}
+
+/// A server with an endpoint of its own to compare with.
+struct Sum {
+    server: Owned,
+    connection: Connection,
+}
+
+fn sum() -> Option<Sum> {
+    let path = fixture("sum", "plain")?.path;
+    let mut command = Command::new(path);
+    let mut server = Owned::spawn(command.arg("-debug").stdout(Stdio::piped()));
+    let out = server.0.stdout.take().expect("its output");
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(out));
+    let address = loop {
+        let line = lines.next().expect("a line").expect("its output");
+        if let Some(address) = line.strip_prefix("listening ") {
+            break address.to_owned();
+        }
+    };
+    let connection = Connection::open(&address).expect("a connection");
+    Some(Sum { server, connection })
+}
+
+impl Sum {
+    fn leak(&mut self, count: usize) {
+        for _ in 0..count {
+            self.connection.get("/sum?n=10");
+        }
+    }
+}
+
+#[test]
+fn what_people_ask_for() {
+    let Some(path) = fixture("zoo", "plain") else {
+        return;
+    };
+    let mut zoo = Running::start(&path.path);
+    let count = zoo.count();
+    let daemon = Daemon::start("", "", "");
+    let pid = zoo.pid();
+    wait_until("the zoo is read", || {
+        daemon.metric("go_goroutine_count", pid) == Some(count as f64)
+    });
+    assert_eq!(daemon.get("/healthz"), "ok\n");
+    assert_eq!(
+        daemon.get(&format!("/processes/{pid}/count")),
+        format!("{count}\n")
+    );
+    let stacks = daemon.get(&format!("/processes/{pid}/stacks"));
+    let headers = stacks.lines().filter(|line| line.starts_with("goroutine "));
+    assert_eq!(headers.count() as u64, count);
+    let threads = daemon.get(&format!(
+        "/processes/{pid}/stacks?runtime=threads&format=json"
+    ));
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"))
+        .expect("threads")
+        .count();
+    assert_eq!(threads.lines().count(), tasks);
+    let list = daemon.json("/processes");
+    let all = list["processes"].as_array().expect("processes");
+    let found = all
+        .iter()
+        .find(|process| process["pid"] == pid)
+        .expect("the zoo");
+    assert_eq!(found["runtimes"][0]["live"], count);
+    let report = daemon.json(&format!("/processes/{pid}"));
+    assert_eq!(report["runtimes"][0]["tasks"]["live"], count);
+    let id = report["runtimes"][0]["sites"][0]["id"]
+        .as_str()
+        .expect("an id")
+        .to_owned();
+    let site = daemon.json(&format!("/processes/{pid}/sites/{id}"));
+    assert_eq!(site[0]["id"], id.as_str());
+    assert!(
+        !daemon
+            .json(&format!("/processes/{pid}/past"))
+            .as_array()
+            .expect("points")
+            .is_empty()
+    );
+    // Every answer is closed to other pages.
+    let answer = daemon.raw("GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    assert!(
+        answer.contains("content-security-policy: default-src 'none'"),
+        "{answer}"
+    );
+    assert!(answer.contains("<!doctype html>"), "{answer}");
+    // Both formats of the metrics.
+    let open = daemon.raw("GET /metrics HTTP/1.1\r\nHost: localhost\r\nAccept: application/openmetrics-text\r\nConnection: close\r\n\r\n");
+    assert!(open.trim_end().ends_with("# EOF"), "{open}");
+    // Nothing is left of a process that has ended.
+    drop(zoo);
+    wait_until("it is gone", || {
+        !daemon.get("/metrics").contains(&format!("pid=\"{pid}\""))
+    });
+}
+
+#[test]
+fn signals() {
+    let Some(path) = fixture("zoo", "plain") else {
+        return;
+    };
+    let mut zoo = Running::start(&path.path);
+    let count = zoo.count();
+    let pid = zoo.pid();
+    let daemon = Daemon::start(
+        "",
+        "",
+        "[[rules]]\nexecutable = \"*/zoo\"\nwatch = \"lifecycle\"",
+    );
+    wait_until("probes are attached", || {
+        daemon.metric("leakmon_task_spawned_total", pid) == Some(0.0)
+    });
+    // SIGUSR1: a dump that nobody else can read, and no more than are kept.
+    let folder = daemon.folder.path().join("dumps");
+    let dumps = || -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+        paths.retain(|path| path.extension().is_some_and(|extension| extension == "txt"));
+        paths.sort();
+        paths
+    };
+    for round in 1..=3 {
+        let before = dumps();
+        daemon.child.signal(Signal::SIGUSR1);
+        wait_until("there is a dump", || {
+            dumps().iter().any(|path| !before.contains(path))
+        });
+        wait_until("only two are kept", || dumps().len() == round.min(2));
+    }
+    let dump = dumps().pop().expect("a dump");
+    let mode = std::fs::metadata(&dump)
+        .expect("a dump")
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let mode = std::fs::metadata(&folder)
+        .expect("a folder")
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o700);
+    let text = std::fs::read_to_string(&dump).expect("a dump");
+    let headers = text.lines().filter(|line| line.starts_with("goroutine "));
+    assert!(headers.count() as u64 >= count);
+    // SIGHUP: a bad configuration changes nothing, a good one does.
+    let good = std::fs::read_to_string(daemon.config()).expect("the configuration");
+    std::fs::write(daemon.config(), "intervall = 1").expect("a configuration");
+    daemon.child.signal(Signal::SIGHUP);
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(daemon.metric("go_goroutine_count", pid), Some(count as f64));
+    std::fs::write(daemon.config(), good.replace("lifecycle", "off")).expect("a configuration");
+    daemon.child.signal(Signal::SIGHUP);
+    wait_until("it is not watched any more", || {
+        daemon.metric("process_thread_count", pid).is_none()
+    });
+    std::fs::write(daemon.config(), good).expect("a configuration");
+    daemon.child.signal(Signal::SIGHUP);
+    wait_until("it is watched again", || {
+        daemon.metric("leakmon_task_spawned_total", pid) == Some(0.0)
+    });
+    // SIGTERM ends it, and the target goes on.
+    daemon.child.signal(Signal::SIGTERM);
+    let Daemon { child, folder, .. } = daemon;
+    let done = child.finish();
+    done.expect_code(0);
+    assert!(
+        done.err.contains("the old configuration stays"),
+        "{}",
+        done.err
+    );
+    assert!(
+        done.err
+            .contains("leakmon.toml:1: unknown field `intervall`"),
+        "{}",
+        done.err
+    );
+    assert_eq!(zoo.count(), count);
+    drop(folder);
+}
+
+#[test]
+fn configurations_are_checked() {
+    let folder = scratch();
+    let path = folder.path().join("leakmon.toml");
+    let check = |text: &str| {
+        std::fs::write(&path, text).expect("a configuration");
+        run(leakmon(["daemon", "--check-config", "--config"]).arg(&path))
+    };
+    check("interval = \"5s\"").expect_code(0);
+    let done = check("[http]\nlisten = \"0.0.0.0:9464\"\n");
+    done.expect_code(2);
+    assert!(done.err.contains("which others can reach"), "{}", done.err);
+    // The one that is shipped says what the defaults are.
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/leakmon.toml");
+    run(leakmon(["daemon", "--check-config", "--config"]).arg(shipped)).expect_code(0);
+    // A token that others can read is none.
+    let token = folder.path().join("token");
+    std::fs::write(&token, "0123456789abcdef").expect("a token");
+    std::fs::set_permissions(&token, PermissionsExt::from_mode(0o644)).expect("its mode");
+    std::fs::write(
+        &path,
+        format!(
+            "[http]\nlisten = \"127.0.0.1:0\"\ntoken_file = \"{}\"\n",
+            token.display()
+        ),
+    )
+    .expect("a configuration");
+    let done = run(leakmon(["daemon", "--config"]).arg(&path));
+    done.expect_code(1);
+    assert!(done.err.contains("others can read it"), "{}", done.err);
+}
+
+#[test]
+fn a_token_is_asked_for() {
+    let folder = scratch();
+    let token = folder.path().join("token");
+    std::fs::write(&token, "0123456789abcdef\n").expect("a token");
+    std::fs::set_permissions(&token, PermissionsExt::from_mode(0o600)).expect("its mode");
+    let daemon = Daemon::start("", &format!("token_file = \"{}\"", token.display()), "");
+    let status = |path: &str, authorization: &str| {
+        let answer = daemon.raw(&format!(
+            "GET {path} HTTP/1.1\r\nHost: localhost\r\n{authorization}Connection: close\r\n\r\n"
+        ));
+        answer[9..12].to_owned()
+    };
+    for path in ["/metrics", "/processes", "/processes/1/stacks", "/nothing"] {
+        assert_eq!(status(path, ""), "401", "{path}");
+        assert_eq!(
+            status(path, "Authorization: Bearer 0123456789abcdeg\r\n"),
+            "401",
+            "{path}"
+        );
+        assert_eq!(
+            status(path, "Authorization: Bearer 0123456789abcdefg\r\n"),
+            "401",
+            "{path}"
+        );
+        assert_eq!(
+            status(path, "Authorization: Basic 0123456789abcdef\r\n"),
+            "401",
+            "{path}"
+        );
+    }
+    assert_eq!(
+        status("/metrics", "Authorization: Bearer 0123456789abcdef\r\n"),
+        "200"
+    );
+    for path in ["/", "/healthz", "/readyz", "/page.js"] {
+        assert_eq!(status(path, ""), "200", "{path}");
+    }
+}
+
+#[test]
+fn whoever_asks_cannot_hurt_it() {
+    let daemon = Daemon::start("", "connections = 32", "");
+    let status =
+        |request: &str| -> String { daemon.raw(request).chars().skip(9).take(3).collect() };
+    let host = "Host: localhost\r\nConnection: close\r\n";
+    for (request, wanted) in [
+        (format!("POST /metrics HTTP/1.1\r\n{host}\r\n"), "405"),
+        (format!("DELETE /processes/1 HTTP/1.1\r\n{host}\r\n"), "405"),
+        (
+            format!("GET /metrics HTTP/1.1\r\n{host}Content-Length: 99999999999\r\n\r\n"),
+            "413",
+        ),
+        (
+            format!(
+                "GET /metrics HTTP/1.1\r\n{host}Transfer-Encoding: chunked\r\n\r\nffffffff\r\n"
+            ),
+            "413",
+        ),
+        (
+            format!("GET /../../etc/passwd HTTP/1.1\r\n{host}\r\n"),
+            "404",
+        ),
+        (
+            format!("GET /processes/..%2f..%2fetc/stacks HTTP/1.1\r\n{host}\r\n"),
+            "404",
+        ),
+        (format!("GET /processes/-1 HTTP/1.1\r\n{host}\r\n"), "404"),
+        (
+            format!("GET /processes/99999999999999999999/count HTTP/1.1\r\n{host}\r\n"),
+            "404",
+        ),
+        (
+            format!("GET /processes/1/stacks?format=x HTTP/1.1\r\n{host}\r\n"),
+            "400",
+        ),
+        (
+            format!("GET /processes/1/stacks?other=x HTTP/1.1\r\n{host}\r\n"),
+            "400",
+        ),
+        // A page that has let its own name point here.
+        (
+            "GET /metrics HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n".to_owned(),
+            "421",
+        ),
+        (
+            format!("GET /{} HTTP/1.1\r\n{host}\r\n", "x".repeat(1 << 20)),
+            "431",
+        ),
+        (
+            format!("GET / HTTP/1.1\r\n{host}X: {}\r\n\r\n", "x".repeat(1 << 20)),
+            "431",
+        ),
+        (
+            format!("GET / HTTP/1.1\r\n{host}{}\r\n", "A: b\r\n".repeat(1000)),
+            "431",
+        ),
+        ("\u{0}\u{1}\u{2}\r\n\r\n".to_owned(), "400"),
+    ] {
+        let got = status(&request);
+        let short: String = request.chars().take(60).collect();
+        // What is too large may be cut off without a word.
+        assert!(
+            got == wanted || got.is_empty() && wanted.starts_with("4") && request.len() > 100_000,
+            "{short:?}: {got}, not {wanted}"
+        );
+    }
+    // Those who say nothing hold no place for long, and the others wait their turn.
+    let address: SocketAddr = daemon.address.parse().expect("an address");
+    let silent: Vec<TcpStream> = (0..500)
+        .filter_map(|_| TcpStream::connect_timeout(&address, Duration::from_secs(5)).ok())
+        .collect();
+    let mut slow = TcpStream::connect(address).expect("a connection");
+    slow.write_all(b"GET / HT").expect("a part of a request");
+    let started = Instant::now();
+    drop(silent);
+    assert_eq!(daemon.get("/healthz"), "ok\n");
+    assert!(
+        started.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        started.elapsed()
+    );
+    assert!(!daemon.get("/metrics").is_empty());
+}
+
+#[test]
+fn names_that_are_meant_to_break_something() {
+    let folder = scratch();
+    let evil = "a\"b\\c\nd\u{1b}[31m<script>alert(1)</script>";
+    let Some(zoo) = fixture("zoo", "plain") else {
+        return;
+    };
+    let program = folder.path().join(evil.replace('/', "|"));
+    std::fs::copy(zoo.path, &program).expect("a copy");
+    let mut command = Command::new(&program);
+    command.arg0("x".repeat(100_000));
+    command.env(
+        "OTEL_SERVICE_NAME",
+        format!("{evil}{}", "y".repeat(100_000)),
+    );
+    let mut running = Running::command(&mut command);
+    let count = running.count();
+    let pid = running.pid();
+    let daemon = Daemon::start("otel_environment = true", "", "");
+    wait_until("it is read", || {
+        daemon.metric("go_goroutine_count", pid) == Some(count as f64)
+    });
+    let metrics = daemon.get("/metrics");
+    let line = metrics
+        .lines()
+        .find(|line| line.starts_with(&format!("go_goroutine_count{{pid=\"{pid}\"")))
+        .expect("its line");
+    assert!(line.contains(r#"executable="a\"b\\c\nd"#), "{line}");
+    assert!(line.len() < 1000, "{}", line.len());
+    for line in metrics.lines() {
+        let value = line.rsplit(' ').next().expect("a value");
+        assert!(
+            line.starts_with('#') || value.parse::<f64>().is_ok(),
+            "{line:?}"
+        );
+    }
+    let list = daemon.get("/processes");
+    assert!(!list.contains('\u{1b}'), "an escape sequence");
+    let list: Value = serde_json::from_str(&list).expect("JSON");
+    assert!(
+        list["processes"]
+            .as_array()
+            .expect("processes")
+            .iter()
+            .any(|p| p["pid"] == pid)
+    );
+}
+
+/// Debian's Prometheus, unpacked.
+fn prometheus(name: &str) -> Option<PathBuf> {
+    let folder = std::env::var_os("LEAKMON_REAL").map(PathBuf::from);
+    let path = folder?.join(name);
+    if !path.exists() {
+        eprintln!("there is no {}: it is not tested", path.display());
+        return None;
+    }
+    Some(path)
+}
+
+#[test]
+fn promtool_finds_nothing_wrong() {
+    let Some(promtool) = prometheus("promtool") else {
+        return;
+    };
+    let rules = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/prometheus-rules.yml");
+    let done = run(Command::new(&promtool).args(["check", "rules"]).arg(rules));
+    done.expect_code(0);
+    let Some(zoo) = fixture("zoo", "plain") else {
+        return;
+    };
+    let zoo = Running::start(&zoo.path);
+    let daemon = Daemon::start(
+        "",
+        "",
+        "[[rules]]\nexecutable = \"*/zoo\"\nwatch = \"blocking\"",
+    );
+    wait_until("it is read", || {
+        daemon
+            .metric("leakmon_task_spawned_total", zoo.pid())
+            .is_some()
+    });
+    let text = daemon.get("/metrics");
+    let mut check = Command::new(&promtool);
+    let mut child = check
+        .args(["check", "metrics"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("promtool");
+    child
+        .stdin
+        .take()
+        .expect("its input")
+        .write_all(text.as_bytes())
+        .expect("it reads");
+    let output = child.wait_with_output().expect("promtool");
+    let said = String::from_utf8_lossy(&output.stderr);
+    let said = format!("{said}{}", String::from_utf8_lossy(&output.stdout));
+    // OpenTelemetry's own names end so, whatever Prometheus's lint thinks of it.
+    let ours: Vec<&str> = said
+        .lines()
+        .filter(|line| !line.trim().is_empty())
+        .filter(|line| {
+            !["go_goroutine_count ", "process_thread_count "]
+                .iter()
+                .any(|name| line.starts_with(name) && line.contains("\"_count\" suffix"))
+        })
+        .collect();
+    assert!(ours.is_empty(), "{said}");
+}
+
+#[test]
+fn a_real_prometheus_sees_the_leak_and_alerts() {
+    let Some(server) = prometheus("prometheus") else {
+        return;
+    };
+    let Some(mut sum) = sum() else { return };
+    let daemon = Daemon::start("", "", "");
+    let folder = scratch();
+    // The shipped rules, with the patience of a test.
+    let rules = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/prometheus-rules.yml");
+    let rules = std::fs::read_to_string(rules).expect("the rules");
+    let rules = rules.replace("for: 1m", "for: 1s");
+    std::fs::write(folder.path().join("rules.yml"), rules).expect("the rules");
+    let config = format!(
+        "global:\n  scrape_interval: 1s\n  evaluation_interval: 1s\nrule_files: [rules.yml]\nscrape_configs:\n  - job_name: leakmon\n    static_configs:\n      - targets: [\"{}\"]\n",
+        daemon.address
+    );
+    let path = folder.path().join("prometheus.yml");
+    std::fs::write(&path, config).expect("a configuration");
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .expect("a port")
+        .local_addr()
+        .expect("an address");
+    let _prometheus = Owned::spawn(
+        Command::new(server)
+            .arg(format!("--config.file={}", path.display()))
+            .arg(format!(
+                "--storage.tsdb.path={}",
+                folder.path().join("data").display()
+            ))
+            .arg(format!("--web.listen-address={port}"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null()),
+    );
+    let address = port.to_string();
+    wait_until("Prometheus is ready", || {
+        let Ok(mut stream) = TcpStream::connect(port) else {
+            return false;
+        };
+        let _ = stream.write_all(b"GET /-/ready HTTP/1.0\r\n\r\n");
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer);
+        answer.contains(" 200 ")
+    });
+    let ask = |path: &str| -> Value {
+        let mut connection = Connection::open(&address).expect("Prometheus");
+        serde_json::from_str(&connection.get(path)).expect("JSON")
+    };
+    let pid = sum.server.pid();
+    let count = || -> Option<u64> {
+        let found = ask(&format!(
+            "/api/v1/query?query=go_goroutine_count%7Bpid%3D%22{pid}%22%7D"
+        ));
+        found["data"]["result"][0]["value"][1]
+            .as_str()?
+            .parse()
+            .ok()
+    };
+    let mut before = 0;
+    for _ in 0..3 {
+        sum.leak(50);
+        // The server's own count has the goroutine of the connection that asks, and
+        // the one that reads it while the handler runs.
+        let own: u64 = sum
+            .connection
+            .get("/_count")
+            .trim()
+            .parse()
+            .expect("a number");
+        wait_until("Prometheus has the program's own number", || {
+            count() == Some(own - 1) || count() == Some(own)
+        });
+        let now = count().expect("a number");
+        assert!(now >= before + 50, "{now} after {before}");
+        before = now;
+    }
+    // It goes on leaking until the alert fires.
+    wait_until("the alert fires", || {
+        sum.leak(20);
+        std::thread::sleep(Duration::from_millis(300));
+        let alerts = ask("/api/v1/alerts");
+        let alerts = alerts["data"]["alerts"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        alerts.iter().any(|alert| {
+            alert["labels"]["alertname"] == "LeakSuspected"
+                && alert["state"] == "firing"
+                && alert["labels"]["pid"].as_str() == Some(&pid.to_string())
+        })
+    });
+}
+
+/// The least that it needs, and nothing else: not even root's id.
+#[test]
+fn capabilities_are_dropped() {
+    let daemon = Daemon::start("", "", "");
+    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.child.pid()))
+        .expect("its status");
+    for set in ["CapPrm", "CapEff", "CapBnd"] {
+        let line = status
+            .lines()
+            .find(|line| line.starts_with(set))
+            .expect("a set");
+        let bits =
+            u64::from_str_radix(line.split_whitespace().nth(1).expect("bits"), 16).expect("bits");
+        // CAP_DAC_READ_SEARCH 2, CAP_SYS_PTRACE 19, CAP_PERFMON 38, CAP_BPF 39.
+        assert_eq!(bits & !(1 << 2 | 1 << 19 | 1 << 38 | 1 << 39), 0, "{line}");
+    }
+}
