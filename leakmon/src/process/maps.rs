@@ -3,9 +3,10 @@
 //! Read by hand, and the executable lines only: a Java process has thousands
 //! of others.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 
 use super::memory::{MemoryError, ProcessMemory};
 
@@ -74,11 +75,17 @@ impl Mapping {
         if let Ok(file) = File::open(link) {
             return Ok(file);
         }
-        let file = File::open(format!("/proc/{pid}/root{}", self.name))?;
-        if file.metadata()?.ino() != self.inode {
+        // The process may have put something else there, which to open is to wait
+        // for ever: it is looked at first.
+        let place = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(format!("/proc/{pid}/root{}", self.name))?;
+        let found = place.metadata()?;
+        if !found.is_file() || found.ino() != self.inode {
             return Err(io::ErrorKind::NotFound.into());
         }
-        Ok(file)
+        File::open(format!("/proc/self/fd/{}", place.as_raw_fd()))
     }
 }
 

@@ -135,7 +135,7 @@ impl Idle {
             followed.push(pointers);
         }
         around.read(&followed, &mut objects)?;
-        let mut looks = self.looks(&around, batch, &own, &objects, &followed);
+        let mut looks = self.looks(&around, batch, &own, &objects, &followed, deadline);
         // Where not all was found, a step further.
         let mut room = MAX_OBJECTS.saturating_sub(objects.len());
         for ((cell, followed), look) in batch.iter().zip(&mut followed).zip(&looks) {
@@ -151,11 +151,11 @@ impl Idle {
         }
         if room < MAX_OBJECTS.saturating_sub(objects.len()) {
             around.read(&followed, &mut objects)?;
-            looks = self.looks(&around, batch, &own, &objects, &followed);
+            looks = self.looks(&around, batch, &own, &objects, &followed, deadline);
         }
         // What was met in the middle of a list, when its ends came later.
         looks = match looks.iter().flatten().any(|found| found.holder.is_none()) {
-            true => self.looks(&around, batch, &own, &objects, &followed),
+            true => self.looks(&around, batch, &own, &objects, &followed, deadline),
             false => looks,
         };
         let known: Vec<(u64, u32)> = batch.iter().map(|cell| (cell.addr, cell.vtable)).collect();
@@ -191,6 +191,7 @@ impl Idle {
         own: &[Part],
         objects: &FxHashMap<u64, Part>,
         followed: &[Vec<u64>],
+        deadline: Instant,
     ) -> Vec<Vec<wakers::Found>> {
         let mut looks = Vec::with_capacity(batch.len());
         for ((cell, own), followed) in batch.iter().zip(own).zip(followed) {
@@ -206,6 +207,7 @@ impl Idle {
                 scheduler: cell.scheduler,
                 kinds: around.reader.program.layout == Layout::V23,
                 objects: &objects,
+                deadline,
             };
             looks.push(scene.wakers(&mut self.shapes));
         }

@@ -128,8 +128,10 @@ pub(super) fn waiting(
     if told < expected {
         words.push(UNKNOWN.to_owned());
     }
+    // Of two that it waits for either may end.
+    let alone = (expected, told) == (1, 1) && words == ["join"];
     Waiting {
-        on: if words == ["join"] { on } else { 0 },
+        on: if alone { on } else { 0 },
         words: Some(words.join("|")),
     }
 }
@@ -371,5 +373,37 @@ mod tests {
         ] {
             assert_eq!(classify(reason).class, class, "{reason}");
         }
+    }
+
+    #[test]
+    fn a_task_that_waits_for_two_ends_waits_for_none_alone() {
+        let cell = |wakers: u64| Cell {
+            addr: 0x1000,
+            vtable: 0,
+            state: (wakers + 1) * state::REFERENCE,
+            owner: 1,
+            id: 1,
+            scheduler: 0x2000,
+            prev: 0,
+            next: 0,
+            location: 0,
+            hash: 0,
+        };
+        let join = |header| Found {
+            at: header + 0x80,
+            holder: Some(Holder::Join(header)),
+        };
+        let told = |wakers, found: &[Found]| {
+            let mut sockets = Sockets::new(0);
+            let told = waiting(&cell(wakers), found, None, Uses::default, &mut sockets);
+            (told.words, told.on)
+        };
+        let words = |words: &str| Some(words.to_owned());
+        assert_eq!(told(1, &[join(0x3000)]), (words("join"), 0x3000));
+        let both = [join(0x3000), join(0x4000)];
+        assert_eq!(told(2, &both), (words("join"), 0));
+        assert_eq!(told(2, &[join(0x3000)]), (words("join|?"), 0));
+        assert_eq!(told(1, &both), (None, 0));
+        assert_eq!(told(0, &[]), (words("pending"), 0));
     }
 }

@@ -12,6 +12,7 @@
 //! its `Arc` no count.
 
 use std::ops::Range;
+use std::time::Instant;
 
 /// Bytes of an object that are looked at, from where a pointer leads to: the
 /// shared part of an mpsc channel, 0x210, and of a watch channel, 0x180.
@@ -251,6 +252,9 @@ impl Shapes {
     }
 }
 
+/// Wakers of one task that are looked at: a select has as many as branches.
+const MAX_WAKERS: usize = 256;
+
 /// What is known of the tasks, for one of them.
 pub(super) trait Tasks {
     /// Whether this is the address of a waker's vtable.
@@ -276,6 +280,8 @@ pub(super) struct Scene<'a, T> {
     pub(super) kinds: bool,
     /// What its words lead to.
     pub(super) objects: &'a [&'a Part],
+    /// When there is no more time.
+    pub(super) deadline: Instant,
 }
 
 /// A node in a list.
@@ -297,10 +303,17 @@ struct Owner {
 }
 
 impl<T: Tasks> Scene<'_, T> {
-    /// The wakers that were found, each once.
+    /// The wakers that were found, each once; none where there are more than are
+    /// believed, or no time: whoever fills its memory with what looks like wakers
+    /// has nothing said of it.
     pub(super) fn wakers(&self, shapes: &mut Shapes) -> Vec<Found> {
         let mut found: Vec<Found> = Vec::new();
+        let too_much =
+            |found: &[Found]| found.len() >= MAX_WAKERS || Instant::now() >= self.deadline;
         for at in self.places(self.cell, |at| self.future.contains(&at)) {
+            if too_much(&found) {
+                return Vec::new();
+            }
             // Where the cell ends is not always known.
             let behind = || (!self.kinds).then(|| self.holder(at, self.task)).flatten();
             let holder = self.own_holder(at, shapes).or_else(behind);
@@ -311,6 +324,9 @@ impl<T: Tasks> Scene<'_, T> {
             for at in self.places(object, |at| !inside.contains(&at)) {
                 if found.iter().any(|found| found.at == at) {
                     continue;
+                }
+                if too_much(&found) {
+                    return Vec::new();
                 }
                 let holder = self.holder(at, 0);
                 found.push(Found { at, holder });
@@ -873,6 +889,7 @@ mod tests {
             scheduler: SCHEDULER,
             kinds: true,
             objects: &objects,
+            deadline: Instant::now() + std::time::Duration::from_secs(60),
         };
         scene.wakers(shapes)
     }
