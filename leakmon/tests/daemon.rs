@@ -277,6 +277,39 @@ fn signals() {
     drop(folder);
 }
 
+/// Rules that were not there at first.
+#[test]
+fn other_rules_take_effect() {
+    let Some(path) = fixture("zoo", "plain") else {
+        return;
+    };
+    let mut zoo = Running::start(&path.path);
+    let count = zoo.count() as f64;
+    let pid = zoo.pid();
+    let off = "[[rules]]\nexecutable = \"*/zoo\"\nwatch = \"off\"\n";
+    let daemon = Daemon::start("", "", off);
+    assert_eq!(daemon.metric("process_thread_count", pid), None);
+    let text = std::fs::read_to_string(daemon.config()).expect("the configuration");
+    // It was never looked into before.
+    std::fs::write(daemon.config(), text.replace(off, "")).expect("a configuration");
+    daemon.child.signal(Signal::SIGHUP);
+    wait_until("it is read", || {
+        daemon.metric("go_goroutine_count", pid) == Some(count)
+    });
+    // Probes are loaded at start only, and nothing waits for them for ever.
+    let probes = off.replace("off", "lifecycle");
+    std::fs::write(daemon.config(), text.replace(off, &probes)).expect("a configuration");
+    daemon.child.signal(Signal::SIGHUP);
+    std::thread::sleep(Duration::from_secs(3));
+    let report = daemon.json(&format!("/processes/{pid}"));
+    assert_eq!(report["runtimes"][0]["tier"]["reason"], "unavailable");
+    let before = daemon.json("/processes")["elapsed_seconds"].as_f64();
+    wait_until("it is read again", || {
+        daemon.json("/processes")["elapsed_seconds"].as_f64() > before
+    });
+    assert_eq!(daemon.metric("go_goroutine_count", pid), Some(count));
+}
+
 #[test]
 fn configurations_are_checked() {
     let folder = scratch();

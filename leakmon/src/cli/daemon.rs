@@ -85,6 +85,7 @@ pub fn run(args: &DaemonArgs) -> Result<Exit, Failure> {
     let sendings = config.otlp.as_ref().map(|_| Arc::new(Sendings::default()));
     let shared = http::Shared::new(
         &config.http,
+        config.interval,
         config.top_sites,
         snapshots.clone(),
         Arc::clone(&kernel),
@@ -242,9 +243,13 @@ fn read(
             let told = events.as_mut().map(crate::probe::ProcessEvents::read);
             match told {
                 // What was lost is found by the next look.
-                Some(Ok((told, _lost))) => system.take(&told),
+                Some(Ok((told, lost))) => {
+                    system.take(&told);
+                    system.lose(lost);
+                }
                 Some(Err(error)) => {
                     tracing::warn!("processes are found every interval only: {error}");
+                    system.untold();
                     events = None;
                 }
                 None => {}

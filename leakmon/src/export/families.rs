@@ -3,8 +3,8 @@
 //!
 //! Names are OpenTelemetry's where it has one, and leakmon's own otherwise;
 //! `docs/metrics.md` lists them all. Every family's points are bounded: a process
-//! has as many sites as the configuration says, and no wait reason but the
-//! [`MAX_REASONS`] most frequent.
+//! has as many sites as the configuration says, and no more than [`MAX_REASONS`]
+//! wait reasons.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,9 +15,9 @@ use crate::report::{FlowTotals, Runtime, RuntimeReport, Tasks};
 use crate::task::{Histogram, SiteState};
 use crate::watch::system::{ProcessSnapshot, Snapshot};
 
-/// Wait reasons of a process and runtime that have a histogram of their own; the
-/// others are together `other`.
-const MAX_REASONS: usize = 16;
+/// Wait reasons of a process and runtime that have a histogram of their own; what
+/// comes behind them in the alphabet is together `other`. Go has 40 of them.
+const MAX_REASONS: usize = 128;
 
 /// Most bytes of a label's value that come from a process: whoever makes its
 /// names longer does not make the metrics longer.
@@ -111,6 +111,7 @@ const FAMILIES: &[(&str, &str, Kind, &str)] = &[
     ("leakmon.processes", "{process}", Kind::Gauge, "Processes that are watched"),
     ("leakmon.process.started", "{process}", Kind::Counter, "Processes of the machine that came since leakmon started"),
     ("leakmon.process.ended", "{process}", Kind::Counter, "Processes of the machine that went since leakmon started"),
+    ("leakmon.process.lost", "{event}", Kind::Counter, "Words of the kernel that were lost: who came and went is not all counted"),
     ("leakmon.otlp.sent", "{message}", Kind::Counter, "Messages that the collector has taken"),
     ("leakmon.otlp.dropped", "{message}", Kind::Counter, "Messages that were given up, because the queue was full or the collector refused them"),
     ("leakmon.otlp.queued", "{message}", Kind::Gauge, "Messages that wait for the collector"),
@@ -192,10 +193,12 @@ pub fn of(snapshot: &Snapshot, top: usize, sendings: Option<&Sendings>) -> Vec<F
         let Some(report) = &process.report else {
             continue;
         };
-        let age = snapshot
-            .at
-            .duration_since(report.when.at)
-            .unwrap_or_default();
+        // Until now, not until the snapshot: who reads may have stopped.
+        let age = snapshot.taken.elapsed()
+            + snapshot
+                .at
+                .duration_since(report.when.at)
+                .unwrap_or_default();
         builder.float("leakmon.census.age", &[], age.as_secs_f64());
         for RuntimeReport { runtime, tasks } in &report.runtimes {
             if let Ok(tasks) = tasks {
@@ -212,6 +215,7 @@ pub fn of(snapshot: &Snapshot, top: usize, sendings: Option<&Sendings>) -> Vec<F
     builder.int("leakmon.processes", &[], processes);
     builder.int("leakmon.process.started", &[], snapshot.came);
     builder.int("leakmon.process.ended", &[], snapshot.went);
+    builder.int("leakmon.process.lost", &[], snapshot.lost);
     if let Some(own) = &snapshot.own {
         builder.float("leakmon.self.cpu", &[], own.cpu.as_secs_f64());
         builder.int("leakmon.self.memory", &[], own.resident);
@@ -329,16 +333,17 @@ fn waits_of(builder: &mut Builder, name: &Label, sites: &[&SiteState]) {
                 .add(durations);
         }
     }
-    let mut most: Vec<(Arc<str>, Histogram)> = by_reason.into_iter().collect();
-    most.sort_by_key(|(_, histogram)| std::cmp::Reverse(histogram.count()));
-    if most.len() > MAX_REASONS {
-        let mut other = Histogram::default();
-        for (_, histogram) in most.drain(MAX_REASONS..) {
-            other.add(&histogram);
+    // By name, so that the choice stays the same while they grow.
+    let mut other: Option<Histogram> = None;
+    let mut told: Vec<(Arc<str>, Histogram)> = Vec::new();
+    for (reason, histogram) in by_reason {
+        match told.len() < MAX_REASONS {
+            true => told.push((reason, histogram)),
+            false => other.get_or_insert_default().add(&histogram),
         }
-        most.push(("other".into(), other));
     }
-    for (reason, histogram) in most {
+    told.extend(other.map(|other| ("other".into(), other)));
+    for (reason, histogram) in told {
         let labels = [name.clone(), ("reason", bounded(&reason))];
         builder.add("leakmon.task.wait.duration", &labels, seconds(&histogram));
     }

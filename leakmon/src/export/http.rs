@@ -9,7 +9,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
@@ -18,6 +18,8 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header}
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -53,6 +55,10 @@ const HEAD_TIME: Duration = Duration::from_secs(5);
 /// How long a connection may last in all, however busy.
 const CONNECTION_TIME: Duration = Duration::from_secs(600);
 
+/// How old a reading may be beyond ten intervals: one of many processes, or of a
+/// large one, takes its time.
+const STALE: Duration = Duration::from_secs(60);
+
 /// Dumps that are taken at once.
 const DUMPS: usize = 2;
 
@@ -77,7 +83,10 @@ pub struct Shared {
     /// Only names of this machine are answered to: it listens on loopback, and a
     /// page out of the web must not reach it by a name of its own.
     local: bool,
-    dumps: Semaphore,
+    dumps: Arc<Semaphore>,
+    /// A reading that is older says that nobody reads any more.
+    stale_after: Duration,
+    started: Instant,
 }
 
 impl Shared {
@@ -87,6 +96,7 @@ impl Shared {
     /// The token cannot be read, or others can read it.
     pub fn new(
         config: &Http,
+        interval: Duration,
         top_sites: usize,
         snapshot: watch::Receiver<Option<Arc<Snapshot>>>,
         kernel: Arc<KernelSide>,
@@ -103,7 +113,9 @@ impl Shared {
             sendings,
             token,
             local: config.listen.ip().to_canonical().is_loopback(),
-            dumps: Semaphore::new(DUMPS),
+            dumps: Arc::new(Semaphore::new(DUMPS)),
+            stale_after: STALE + interval * 10,
+            started: Instant::now(),
         })
     }
 
@@ -245,7 +257,7 @@ fn router(shared: Arc<Shared>, request_time: Duration) -> Router {
             get(|| page("text/javascript; charset=utf-8", SCRIPT)),
         )
         .route("/page.css", get(|| page("text/css; charset=utf-8", STYLE)))
-        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/healthz", get(healthy))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
         .route("/processes", get(processes))
@@ -379,6 +391,21 @@ fn bears(headers: &HeaderMap, token: &[u8]) -> bool {
         .get(header::AUTHORIZATION)
         .and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
     given.is_some_and(|given| given.ct_eq(token).into())
+}
+
+/// Whether processes are still being read.
+async fn healthy(State(shared): State<Arc<Shared>>) -> Result<&'static str, Refused> {
+    let since = match &*shared.snapshot.borrow() {
+        Some(snapshot) => snapshot.taken.elapsed(),
+        None => shared.started.elapsed(),
+    };
+    match since <= shared.stale_after {
+        true => Ok("ok\n"),
+        false => Err(Refused(
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("nothing has been read for {} s", since.as_secs()),
+        )),
+    }
 }
 
 async fn ready(State(shared): State<Arc<Shared>>) -> Result<&'static str, Refused> {
@@ -552,11 +579,9 @@ async fn stacks(
         let process = find(&snapshot, &pid)?;
         (process.row.pid, process.row.start_time)
     };
-    let Ok(_permit) = shared.dumps.acquire().await else {
-        return Err(Refused(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "ending".to_owned(),
-        ));
+    let Ok(permit) = Arc::clone(&shared.dumps).try_acquire_owned() else {
+        let why = "as many dumps as are taken at once are being taken: ask again";
+        return Err(Refused(StatusCode::SERVICE_UNAVAILABLE, why.to_owned()));
     };
     let reader = Arc::clone(&shared);
     let read = tokio::task::spawn_blocking(move || {
@@ -571,10 +596,18 @@ async fn stacks(
         dumped
             .write(format, &mut out)
             .map_err(|error| error.to_string())?;
-        Ok(out.0)
+        // Whoever asked may be gone: the place is taken until this ends.
+        Ok((out.0, permit))
     });
     match read.await {
-        Ok(Ok(text)) => Ok(([(header::CONTENT_TYPE, kind)], Body::from(text)).into_response()),
+        Ok(Ok((text, permit))) => {
+            // And until it has been sent, for so long it takes its memory.
+            let body = Full::new(Bytes::from(text)).map_frame(move |frame| {
+                let _held = &permit;
+                frame
+            });
+            Ok(([(header::CONTENT_TYPE, kind)], Body::new(body)).into_response())
+        }
         Ok(Err(why)) => Err(Refused(StatusCode::CONFLICT, why)),
         Err(_) => Err(Refused(
             StatusCode::INTERNAL_SERVER_ERROR,

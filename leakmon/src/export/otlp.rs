@@ -71,6 +71,7 @@ pub async fn send(
         }
     };
     let mut queue: VecDeque<ExportMetricsServiceRequest> = VecDeque::new();
+    let mut last: Option<Arc<Snapshot>> = None;
     let mut ticks = tokio::time::interval(config.interval);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     let mut retry = FIRST_RETRY;
@@ -85,13 +86,18 @@ pub async fn send(
         tokio::select! {
             _ = ticks.tick() => {
                 let latest = snapshots.borrow_and_update().clone();
-                if let Some(snapshot) = latest {
+                // What was sent is not sent again as if it were new.
+                let is_new = |snapshot: &Arc<Snapshot>| {
+                    last.as_ref().is_none_or(|last| !Arc::ptr_eq(last, snapshot))
+                };
+                if let Some(snapshot) = latest.filter(is_new) {
                     if queue.len() >= config.queue {
                         queue.pop_front();
                         sendings.dropped.fetch_add(1, Ordering::Relaxed);
                     }
                     let families = families::of(&snapshot, top_sites, Some(&sendings));
                     queue.push_back(request(&snapshot, families));
+                    last = Some(snapshot);
                 }
             }
             () = tokio::time::sleep(wait) => {}
@@ -265,12 +271,6 @@ async fn post(
 /// Everything that is known, as one message.
 pub fn request(snapshot: &Snapshot, families: Vec<Family>) -> ExportMetricsServiceRequest {
     let now = nanos(snapshot.at);
-    let start = nanos(
-        snapshot
-            .at
-            .checked_sub(snapshot.elapsed)
-            .unwrap_or(UNIX_EPOCH),
-    );
     let mut by_process: BTreeMap<Option<usize>, Vec<Metric>> = BTreeMap::new();
     for family in families {
         let mut points: BTreeMap<Option<usize>, Vec<&Point>> = BTreeMap::new();
@@ -278,6 +278,9 @@ pub fn request(snapshot: &Snapshot, families: Vec<Family>) -> ExportMetricsServi
             points.entry(point.process).or_default().push(point);
         }
         for (process, points) in points {
+            let watched = process.and_then(|index| snapshot.processes.get(index));
+            let since = watched.map_or(snapshot.started_at, |watched| watched.counted_since);
+            let start = nanos(since);
             let metric = metric(&family, &points, start, now);
             by_process.entry(process).or_default().push(metric);
         }

@@ -17,9 +17,17 @@ impl KernelSide {
     /// Nothing loaded yet. Without `probes`, nothing will be attached to any
     /// process.
     pub fn new(probes: bool) -> KernelSide {
+        let probing = OnceLock::new();
+        if !probes {
+            // Nobody is to wait for what will not come.
+            let _ = probing.set(Err(Error::Unsupported {
+                what: "probes",
+                why: "nothing asked for them when leakmon started".to_owned(),
+            }));
+        }
         KernelSide {
             probes,
-            probing: OnceLock::new(),
+            probing,
             reading: OnceLock::new(),
         }
     }

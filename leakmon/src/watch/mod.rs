@@ -236,10 +236,11 @@ impl Watch {
         Ok(())
     }
 
-    /// Lets the budget go as high as `tier` from now on; what is attached goes, and
+    /// Lets the budget of `max_overhead` percent go as high as `tier` from now on; what is attached goes, and
     /// comes again with [`Watch::attach`].
-    pub fn reach(&mut self, tier: Tier) {
+    pub fn reach(&mut self, tier: Tier, max_overhead: f64) {
         self.options.highest = tier;
+        self.options.max_overhead = max_overhead;
         for live in self
             .runtimes
             .iter_mut()

@@ -125,14 +125,6 @@ impl Depths {
         let reached = self.by_age.iter().find(|(minimum, _)| *minimum <= age);
         reached.map_or(self.otherwise, |(_, depth)| *depth)
     }
-
-    /// Whether it is watched at any age.
-    pub fn ever(&self) -> bool {
-        let depths = self.by_age.iter().map(|(_, depth)| *depth);
-        depths
-            .chain([self.otherwise])
-            .any(|depth| depth != Depth::Off)
-    }
 }
 
 fn pattern<'de, D: Deserializer<'de>>(from: D) -> Result<Option<GlobMatcher>, D::Error> {
@@ -210,9 +202,6 @@ mod tests {
         ] {
             assert_eq!(depths.at(Duration::from_secs(age)), depth, "{age}");
         }
-        assert!(depths.ever());
-        let off = Depths::of(&[rule("etcd", 0, Depth::Off)], Depth::Off, ETCD);
-        assert!(!off.ever());
         assert_eq!(
             Depths::of(&[], Depth::Census, ETCD).at(Duration::ZERO),
             Depth::Census

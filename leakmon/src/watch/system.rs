@@ -60,11 +60,24 @@ pub struct Options {
     pub kernel: Arc<KernelSide>,
 }
 
+impl Options {
+    /// What process `pid` says of itself, as far as that is wanted.
+    fn environment(&self, pid: u32) -> Environment {
+        match self.otel_environment {
+            true => Environment::of(pid),
+            false => Environment::default(),
+        }
+    }
+}
+
 /// Every process that is wanted.
 pub struct System {
     options: Options,
     cache: Arc<Cache>,
     started: Instant,
+    started_at: SystemTime,
+    /// Words of the kernel that were lost.
+    lost: u64,
     entries: BTreeMap<u32, Entry>,
     /// Names of users, by id.
     users: BTreeMap<u32, Arc<str>>,
@@ -91,6 +104,12 @@ pub struct Snapshot {
     pub own: Option<Own>,
     /// Since the watch began.
     pub elapsed: Duration,
+    /// Wall clock when the watch began: the same in every snapshot.
+    pub started_at: SystemTime,
+    /// When this was taken, on a clock that does not jump.
+    pub taken: Instant,
+    /// Events of processes that the kernel had no room for.
+    pub lost: u64,
     /// The longest time since a process was read.
     pub oldest_reading: Duration,
 }
@@ -132,6 +151,8 @@ pub struct ProcessSnapshot {
     pub attributes: Vec<(String, String)>,
     /// How closely it is watched.
     pub depth: Depth,
+    /// Wall clock since which what only grows is counted.
+    pub counted_since: SystemTime,
     /// What was read of it last; `None` when nothing is read but its threads.
     pub report: Option<Arc<Report>>,
     /// Live tasks over the last hour, the oldest first.
@@ -158,6 +179,7 @@ struct Entry {
     lost: bool,
     placement: Placement,
     environment: Environment,
+    counted_since: SystemTime,
     past: VecDeque<Past>,
     /// It is not watched at its age, and was not looked into for that.
     skipped: bool,
@@ -207,6 +229,8 @@ impl System {
             options,
             cache,
             started: Instant::now(),
+            started_at: SystemTime::now(),
+            lost: 0,
             entries: BTreeMap::new(),
             users: BTreeMap::new(),
             came: 0,
@@ -242,6 +266,17 @@ impl System {
         }
     }
 
+    /// The kernel had no room for so many events: who came and went is not all
+    /// counted.
+    pub fn lose(&mut self, events: u64) {
+        self.lost += events;
+    }
+
+    /// The kernel tells no more: who comes and goes is found by looking.
+    pub fn untold(&mut self) {
+        self.told = false;
+    }
+
     /// Looks at every process again, and reads what is due, for the table of
     /// every `interval`.
     ///
@@ -259,10 +294,21 @@ impl System {
     /// Other rules from now on. Processes that they treat as before are watched on
     /// as before.
     pub fn set_options(&mut self, options: Options) {
-        self.options = options;
+        let before = std::mem::replace(&mut self.options, options);
+        let options = &self.options;
         for (pid, entry) in &mut self.entries {
-            if let Some(depths) = entry.judge(*pid, &self.options) {
+            if let Some(depths) = entry.judge(*pid, options) {
                 entry.depths = depths;
+            }
+            if before.otel_environment != options.otel_environment {
+                entry.environment = options.environment(*pid);
+            }
+            if before.max_overhead != options.max_overhead
+                && let State::Open(open) = &mut entry.state
+            {
+                // What is attached comes again, with the other budget.
+                open.watch.reach(Tier::Census, options.max_overhead);
+                open.depth = Depth::Census;
             }
         }
     }
@@ -282,8 +328,10 @@ impl System {
                         continue;
                     }
                     if let Some(tier) = depth.tier() {
-                        open.watch.reach(tier);
+                        open.watch.reach(tier, self.options.max_overhead);
                         open.depth = depth;
+                        // What the probes count begins anew.
+                        entry.counted_since = SystemTime::now();
                         if let Err(error) = open.watch.attach() {
                             tracing::info!("pid {pid}: {error}");
                         }
@@ -330,6 +378,7 @@ impl System {
                 attributes: entry.environment.attributes.clone(),
                 placement: entry.placement.clone(),
                 depth: entry.depth(),
+                counted_since: entry.counted_since,
                 report: match &entry.state {
                     State::Open(open) => open.report.clone(),
                     _ => None,
@@ -345,6 +394,9 @@ impl System {
             went: self.went,
             own: own(),
             elapsed: self.started.elapsed(),
+            started_at: self.started_at,
+            taken: Instant::now(),
+            lost: self.lost,
             oldest_reading: self.oldest_reading(),
         }
     }
@@ -356,7 +408,7 @@ impl System {
         let mut before = std::mem::take(&mut self.entries);
         for glance in glances {
             let entry = match before.remove(&glance.pid) {
-                Some(mut entry) if entry.incarnation == glance.incarnation => {
+                Some(mut entry) if entry.incarnation == glance.incarnation && !entry.lost => {
                     entry.threads = glance.threads;
                     entry
                 }
@@ -528,6 +580,7 @@ impl Entry {
             skipped: false,
             placement: Placement::default(),
             environment: Environment::default(),
+            counted_since: SystemTime::now(),
             past: VecDeque::new(),
             name: glance.name,
             path: String::new(),
@@ -641,17 +694,14 @@ impl Opening {
         let name = file.strip_suffix(" (deleted)").unwrap_or(&file).to_owned();
         let depths = depths(&[&path, &name, &glance.name], uid);
         let command = identity.command_line.join(" ");
-        let environment = match options.otel_environment {
-            true => Environment::of(pid),
-            false => Environment::default(),
-        };
+        let environment = options.environment(pid);
         let depth = depths.at(glance.incarnation.age());
         let state = match depth {
             Depth::Off => State::Plain,
             _ => open(process, options, cache),
         };
         Some(Opening {
-            skipped: depth == Depth::Off && depths.ever(),
+            skipped: depth == Depth::Off,
             depths,
             uid,
             path,
