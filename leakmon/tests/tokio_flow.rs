@@ -96,7 +96,8 @@ impl Watch {
     #[track_caller]
     fn report_that(&self, what: &str, mut is_so: impl FnMut(&Value) -> bool) -> Value {
         let mut last = Value::Null;
-        for _ in 0..40 {
+        // A tier that was given up is tried again after ten seconds, or twenty.
+        for _ in 0..150 {
             last = self.report();
             if is_so(&last) {
                 return last;
