@@ -102,6 +102,16 @@ impl Layout {
 /// Words of `WATCHED`: a bit for each value of a process id's low 16 bits.
 pub const WATCHED_WORDS: u32 = (1 << 16) / 64;
 
+/// Places of `BLOCKED`, a power of two.
+pub const BLOCKED_PLACES: u32 = 1 << 16;
+
+/// Place in `BLOCKED` of the thread whose `task_struct` lies at `task`.
+#[inline(always)]
+pub const fn blocked_place(task: u64) -> u32 {
+    // Fibonacci hashing: neighbours in one slab are spread.
+    (task.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as u32
+}
+
 /// [`reason`] of a thread that blocks outside of any system call.
 pub const NO_SYSCALL: u32 = 0xffff;
 
@@ -206,6 +216,17 @@ mod tests {
             ],
         };
         assert_eq!(Layout::of(&layout.words()), layout);
+    }
+
+    #[test]
+    fn every_task_has_a_place() {
+        for task in [0, 8, 0xffff_8881_0123_4500, u64::MAX] {
+            assert!(blocked_place(task) < BLOCKED_PLACES);
+        }
+        assert_ne!(
+            blocked_place(0xffff_8881_0123_4500),
+            blocked_place(0xffff_8881_0123_4580)
+        );
     }
 
     #[test]

@@ -11,7 +11,7 @@ use aya_ebpf::{
 };
 use leakmon_common::{
     Counters, MAX_TARGETS, Parked, SiteCount, SiteKey, Target, TargetSite, WaitCount, WaitKey,
-    threads::{KernelOffsets, StackCopy, ThreadEntry, WATCHED_WORDS},
+    threads::{BLOCKED_PLACES, KernelOffsets, StackCopy, ThreadEntry, WATCHED_WORDS},
     tokio::{Polls, TaskEntry},
 };
 
@@ -65,6 +65,14 @@ pub static POLLING: HashMap<u64, Polls> = HashMap::with_max_entries(16 * 1024, B
 /// user space only.
 #[map]
 pub static WATCHED: Array<u64> = Array::with_max_entries(WATCHED_WORDS, 0);
+
+/// Not 0 where a watched thread has blocked, by [`blocked_place`]: others with the
+/// same place are looked at more closely for nothing. It is never unset, for a
+/// place may stand for several; the kernel uses the memory of its threads again.
+///
+/// [`blocked_place`]: leakmon_common::threads::blocked_place
+#[map]
+pub static BLOCKED: Array<u64> = Array::with_max_entries(BLOCKED_PLACES, 0);
 
 /// The cookies of the processes whose threads are watched. Written by user space
 /// only.

@@ -17,12 +17,13 @@ use aya_ebpf::{
 use aya_log_ebpf::warn;
 use leakmon_common::{
     Cookie, Dropped, NO_SLOT, SiteKey, TargetSite, WAIT_FRAMES,
-    threads::{Layout, NO_SYSCALL, STACK_BYTES, ThreadEntry, event, reason, slot},
+    threads::{Layout, NO_SYSCALL, STACK_BYTES, ThreadEntry, blocked_place, event, reason, slot},
 };
 
 use crate::hit::{End, Hit, add, count_park, count_resume, exchange};
 use crate::maps::{
-    CREATING, EVENTS, EVENTS_LOST, KERNEL_OFFSETS, PROCESSES, SCRATCH, STACKS, THREADS, WATCHED,
+    BLOCKED, CREATING, EVENTS, EVENTS_LOST, KERNEL_OFFSETS, PROCESSES, SCRATCH, STACKS, THREADS,
+    WATCHED,
 };
 use crate::registers::{kernel, user};
 
@@ -318,6 +319,10 @@ fn off(ctx: &RawTracePointContext) -> Option<()> {
         thread.slot = hit.wait_slot(ctx, thread.site, why, [0; WAIT_FRAMES]);
     }
     count_park(thread.slot);
+    if let Some(blocked) = BLOCKED.get_ptr_mut(blocked_place(ctx.arg::<u64>(1))) {
+        // SAFETY: the map's value: whoever writes it writes the same.
+        unsafe { *blocked = 1 };
+    }
     // SAFETY: reads the clock.
     thread.since = unsafe { bpf_ktime_get_ns() };
     None
@@ -326,6 +331,10 @@ fn off(ctx: &RawTracePointContext) -> Option<()> {
 /// Another thread is put on the CPU.
 #[inline(always)]
 fn on(ctx: &RawTracePointContext) -> Option<()> {
+    // Nearly all of the machine's switches end here.
+    if *BLOCKED.get(blocked_place(ctx.arg::<u64>(2)))? == 0 {
+        return None;
+    }
     let task = ctx.arg::<*const c_void>(2);
     let [tid, tgid] = kernel::<[u32; 2]>(task, KERNEL_OFFSETS.get(0)?.pid)?;
     let cookie = watched(tgid)?;
