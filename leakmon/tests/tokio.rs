@@ -351,15 +351,16 @@ fn what_every_task_of_the_zoo_waits_for() {
                 None => unnamed.push(row),
             }
         }
-        // What has neither id nor name may be any of those that are left. With
-        // symbols all have one, and no name is of none of the tasks.
+        // What has neither id nor name may be any of those that are left. No name is
+        // of none of the tasks, and with symbols all but one have theirs.
+        assert!(
+            left.len() <= 1 || name.contains("stripped"),
+            "{name}: {left:?}"
+        );
         for task in left {
             let entry = dump.sites[task.site.0 as usize].entry.as_ref().unwrap();
-            let unnamed_one = entry.function.starts_with("unnamed");
-            assert!(
-                unnamed_one && name.contains("stripped"),
-                "{name}: {entry:?}"
-            );
+            println!("{name}: {} may be {unnamed:?}", entry.function);
+            assert!(entry.function.starts_with("unnamed"), "{name}: {entry:?}");
             let best = (0..unnamed.len()).min_by_key(|index| judge(task, unnamed[*index]));
             count(task, unnamed.remove(best.expect("as many tasks as rows")));
         }
