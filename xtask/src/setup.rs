@@ -19,7 +19,7 @@ pub(crate) fn run() -> Result<Go> {
         fixtures::ensure_compilers();
         Ok(())
     })?;
-    step("Java, node and Python for the tests", || {
+    step("programs that the tests run", || {
         tools::ensure();
         Ok(())
     })?;

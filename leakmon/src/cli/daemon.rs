@@ -377,7 +377,7 @@ fn write_dump(
             }
             for runtime in &report.runtimes {
                 let name = runtime.runtime.name;
-                let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.name() == name) else {
+                let Some(kind) = Kind::named(name) else {
                     continue;
                 };
                 match Dumped::read(&opened, Some(kind), Arc::clone(kernel), cache) {

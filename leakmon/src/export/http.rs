@@ -570,7 +570,7 @@ async fn stacks(
     let runtime = match query.runtime.as_deref() {
         None => None,
         Some(name) => {
-            let found = Kind::ALL.into_iter().find(|kind| kind.name() == name);
+            let found = Kind::named(name);
             Some(found.ok_or_else(|| bad(format!("there is no runtime {name:?}")))?)
         }
     };

@@ -13,6 +13,10 @@ use procfs::process::Stat;
 /// PF_KTHREAD, include/linux/sched.h.
 const PF_KTHREAD: u32 = 0x0020_0000;
 
+/// Clock ticks a second of `/proc/PID/stat` (USER_HZ, the same on every
+/// architecture that leakmon is for).
+pub const TICKS: u64 = 100;
+
 /// Most bytes of `/proc/PID/cgroup` that are read.
 const MAX_CGROUP: u64 = 1 << 16;
 
@@ -41,16 +45,12 @@ pub struct Incarnation {
 }
 
 impl Incarnation {
-    /// Clock ticks a second (USER_HZ, the same on every architecture that leakmon
-    /// is for).
-    const TICKS: u64 = 100;
-
     /// How long the process has run.
     pub fn age(&self) -> Duration {
         // The clock that the kernel counts starts by: it goes on in suspension.
         let now = nix::time::ClockId::CLOCK_BOOTTIME.now();
         let now = now.map_or(Duration::ZERO, Duration::from);
-        now.saturating_sub(Duration::from_millis(self.start_time * 1000 / Self::TICKS))
+        now.saturating_sub(Duration::from_millis(self.start_time * 1000 / TICKS))
     }
 }
 

@@ -34,6 +34,11 @@ impl Kind {
         }
     }
 
+    /// The runtime of this [`name`](Kind::name).
+    pub fn named(name: &str) -> Option<Kind> {
+        Kind::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
     /// What it calls its tasks, in the plural.
     pub fn tasks(self) -> &'static str {
         match self {

@@ -39,10 +39,6 @@ const ATTACHING: Duration = Duration::from_millis(200);
 const PAST: usize = 60;
 const PAST_EVERY: Duration = Duration::from_secs(60);
 
-/// Clock ticks a second of `/proc/PID/stat` (USER_HZ, the same on every
-/// architecture that leakmon is for).
-const TICKS: u64 = 100;
-
 /// How the machine is watched.
 #[derive(Clone)]
 pub struct Options {
@@ -801,7 +797,7 @@ impl Open {
 fn own() -> Option<Own> {
     let stat = procfs::process::Process::myself().ok()?.stat().ok()?;
     Some(Own {
-        cpu: Duration::from_millis((stat.utime + stat.stime) * 1000 / TICKS),
+        cpu: Duration::from_millis((stat.utime + stat.stime) * 1000 / discovery::TICKS),
         resident: stat.rss * procfs::page_size(),
     })
 }
