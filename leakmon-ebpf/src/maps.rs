@@ -74,6 +74,10 @@ pub static WATCHED: Array<u64> = Array::with_max_entries(WATCHED_WORDS, 0);
 #[map]
 pub static BLOCKED: Array<u64> = Array::with_max_entries(BLOCKED_PLACES, 0);
 
+/// Switches of threads, of whatever process.
+#[map]
+pub static SWITCHES: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+
 /// The cookies of the processes whose threads are watched. Written by user space
 /// only.
 #[map]

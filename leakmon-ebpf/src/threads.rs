@@ -22,8 +22,8 @@ use leakmon_common::{
 
 use crate::hit::{End, Hit, add, count_park, count_resume, exchange};
 use crate::maps::{
-    BLOCKED, CREATING, EVENTS, EVENTS_LOST, KERNEL_OFFSETS, PROCESSES, SCRATCH, STACKS, THREADS,
-    WATCHED,
+    BLOCKED, CREATING, EVENTS, EVENTS_LOST, KERNEL_OFFSETS, PROCESSES, SCRATCH, STACKS, SWITCHES,
+    THREADS, WATCHED,
 };
 use crate::registers::{kernel, user};
 
@@ -262,6 +262,11 @@ fn exit(ctx: &RawTracePointContext) -> Option<()> {
 /// `sched_switch`, in the thread that is taken from the CPU.
 #[raw_tracepoint]
 pub fn thread_switch(ctx: RawTracePointContext) -> i32 {
+    if let Some(switches) = SWITCHES.get_ptr_mut(0) {
+        // SAFETY: the map's value: no other program writes it, and a CPU switches
+        // one thread at a time.
+        unsafe { *switches += 1 };
+    }
     off(&ctx);
     on(&ctx);
     0

@@ -474,6 +474,65 @@ fn beside_goroutines_threads_are_counted_and_not_timed() {
     }
 }
 
+/// While other programs' threads wake each other without end, nobody's waits are
+/// timed: they would pay for it. It begins again when they are done.
+#[test]
+fn others_do_not_pay_for_a_watch() {
+    let Some(path) = zoo("c-release") else {
+        return;
+    };
+    let target = Running::start(&path);
+    let pid = target.pid();
+    let mut storm = Running::start(&path.with_file_name("fthreads"));
+    // In nobody's way: the other tests' work would make room between its switches.
+    keep_on_one_cpu_before_others(storm.pid());
+    let watch = Watch::start(&[pid], &["--interval", "200ms"]);
+    let fixed = Watch::start(&[pid], &["--interval", "200ms", "--tier", "blocking"]);
+    let tier = |report: &Value| {
+        let tier = &threads(report)["tier"];
+        (
+            tier["name"].as_str().map(str::to_owned),
+            tier["reason"].as_str().map(str::to_owned),
+        )
+    };
+    let some = |name: &str, reason: &str| (Some(name.to_owned()), Some(reason.to_owned()));
+    let governed = some("blocking", "governed");
+    watch.report_that(pid, "times waits", |report| tier(report) == governed);
+    std::thread::scope(|scope| {
+        let storm = scope.spawn(|| storm.ask("run pingpong 3s"));
+        let report = watch.report_that(pid, "lets others alone", |report| {
+            tier(report) == some("lifecycle", "others_pay")
+        });
+        // Births and ends are counted all the same.
+        assert_eq!(threads(&report)["probes"]["census_difference"], 0);
+        assert_eq!(
+            threads(&report)["probes"]["spawns_complete"],
+            true,
+            "{report:#}"
+        );
+        // What is asked for is done.
+        assert_eq!(tier(&fixed.fresh_report(pid)), some("blocking", "fixed"));
+        assert!(!storm.is_finished(), "the storm was over too soon");
+        storm.join().expect("the storm");
+    });
+    watch.report_that(pid, "times waits again", |report| tier(report) == governed);
+    fixed.stop();
+    watch.stop();
+}
+
+/// Keeps a process's main thread, and those that it makes, on one CPU, of which
+/// it has as much as it wants.
+fn keep_on_one_cpu_before_others(pid: u32) {
+    let mut cpus = nix::sched::CpuSet::new();
+    cpus.set(1).expect("a CPU");
+    let target = nix::unistd::Pid::from_raw(pid.cast_signed());
+    nix::sched::sched_setaffinity(target, &cpus).expect("a second CPU");
+    let parameter = libc::sched_param { sched_priority: 1 };
+    // SAFETY: reads the parameter.
+    let set = unsafe { libc::sched_setscheduler(target.as_raw(), libc::SCHED_FIFO, &parameter) };
+    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+}
+
 /// A process that dies while its threads come and go, and one that becomes
 /// another program.
 #[test]

@@ -50,7 +50,7 @@ const TICK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_mil
 const ACQUAINTED: Duration = Duration::from_secs(1);
 
 /// Before a tier that was given up is tried again: first, and at most.
-const RETRY: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(320));
+pub(super) const RETRY: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(320));
 
 /// Time constant of the averages of CPU use and cost.
 const AVERAGE: Duration = Duration::from_millis(500);
@@ -84,6 +84,9 @@ pub struct Reading {
     /// Spawns and exits are not counted yet, though their probes are attached
     /// ([`super::Attached::is_learning`]).
     pub learning: bool,
+    /// The highest tier costs programs too much that nobody watches
+    /// ([`super::Attached::is_too_dear_for_others`]).
+    pub others_pay: bool,
 }
 
 /// What the governor did in an interval.
@@ -148,6 +151,8 @@ pub struct Governor {
     blocking: Rate,
     /// For the tiers above `wanted`.
     retry: Option<Retry>,
+    /// [`Tier::Blocking`] is given up for the others' sake.
+    yields: bool,
     /// How long the target has been seen.
     seen: Duration,
     interval: Sums,
@@ -192,6 +197,7 @@ impl Governor {
             lifecycle: Rate::default(),
             blocking: Rate::default(),
             retry: None,
+            yields: false,
             seen: Duration::ZERO,
             interval: Sums::default(),
         }
@@ -201,6 +207,12 @@ impl Governor {
     /// part of it.
     pub fn tier(&self) -> Tier {
         self.wanted
+    }
+
+    /// Whether the highest tier is given up for the sake of programs that nobody
+    /// watches.
+    pub fn yields(&self) -> bool {
+        self.yields
     }
 
     /// Takes a reading and decides. The caller attaches [`Step::tier`] before
@@ -214,7 +226,7 @@ impl Governor {
         let Some(_) = self.share else {
             return self.step(self.wanted, TICK.1);
         };
-        self.choose_tier(reading.now);
+        self.choose_tier(reading);
         if self.wanted == Tier::Census {
             return self.step(Tier::Census, TICK.1);
         }
@@ -291,7 +303,19 @@ impl Governor {
 
     /// Steps down when the tier in force is too dear, and up again when it is
     /// time to try.
-    fn choose_tier(&mut self, now: Duration) {
+    fn choose_tier(&mut self, reading: Reading) {
+        let now = reading.now;
+        let by_itself = self.retry.is_some();
+        if self.yields && !reading.others_pay && !by_itself {
+            self.wanted = self.highest;
+            self.blocking = Rate::default();
+        }
+        self.yields = reading.others_pay && self.highest == Tier::Blocking;
+        let highest = match self.yields {
+            true => below(self.highest),
+            false => self.highest,
+        };
+        self.wanted = self.wanted.min(highest);
         if let Some(rate) = self.rate(self.wanted)
             && rate * MIN_SHARE > self.allowance
             && self.seen >= ACQUAINTED
@@ -312,7 +336,7 @@ impl Governor {
         if now < retry.at {
             return;
         }
-        if self.wanted < self.highest {
+        if self.wanted < highest {
             self.wanted = above(self.wanted);
             // What it cost then says nothing of now.
             match self.wanted {
@@ -625,6 +649,52 @@ mod tests {
             probed += u64::from(target.governor.take_interval().overhead.hits > 0);
         }
         assert!(probed <= 6, "{probed}");
+    }
+
+    #[test]
+    fn what_others_pay_for_is_left_alone_while_they_do() {
+        let mut target = Simulation::new(governed(), 2.0, 10_000.0, 10_000.0);
+        target.run(Duration::from_secs(10));
+        target.reading.others_pay = true;
+        target.governor.take_interval();
+        target.run(Duration::from_secs(60));
+        assert_eq!(target.governor.tier(), Tier::Lifecycle);
+        assert!(target.governor.yields());
+        let interval = target.governor.take_interval();
+        assert!(
+            interval.blocking < 0.01 && interval.lifecycle > 0.99,
+            "{interval:?}"
+        );
+        target.reading.others_pay = false;
+        target.run(Duration::from_secs(1));
+        assert_eq!(target.governor.tier(), Tier::Blocking);
+        assert!(!target.governor.yields());
+        assert_eq!(target.switches, 3);
+    }
+
+    #[test]
+    fn what_was_given_up_does_not_come_back_for_the_others_sake() {
+        // Nothing fits, and others pay now and then.
+        let mut target = Simulation::new(governed(), 0.1, 5_000_000.0, 5_000_000.0);
+        target.run(Duration::from_secs(8));
+        assert_eq!(target.governor.tier(), Tier::Census);
+        for others_pay in [true, false, true] {
+            target.reading.others_pay = others_pay;
+            target.run(Duration::from_millis(200));
+            assert_eq!(target.governor.tier(), Tier::Census);
+        }
+    }
+
+    #[test]
+    fn a_fixed_tier_is_kept_though_others_pay() {
+        let governor = Governor::fixed(COST, Tier::Blocking);
+        let mut target = Simulation::new(governor, 0.1, 1e3, 1e3);
+        target.reading.others_pay = true;
+        target.run(Duration::from_secs(5));
+        assert_eq!(
+            (target.switches, target.governor.tier()),
+            (1, Tier::Blocking)
+        );
     }
 
     #[test]

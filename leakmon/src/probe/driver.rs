@@ -45,6 +45,8 @@ pub struct Status {
     pub attached: Tier,
     /// They do not count spawns yet: [`Driver::learned`] is waited for.
     pub learning: bool,
+    /// The tier above it costs programs too much that nobody watches.
+    pub yields: bool,
     /// Why the probes are gone, if they are.
     pub failed: Option<String>,
     /// Grows with every detaching: between two equal values the spawns and
@@ -114,6 +116,7 @@ impl Driver {
             tier: state.governor.tier(),
             attached: state.attached.tier(),
             learning: state.attached.is_learning(),
+            yields: state.governor.yields(),
             failed: state.failed.clone(),
             gaps: state.gaps,
             wait_gaps: state.wait_gaps,
@@ -165,11 +168,13 @@ impl State {
     fn tick(&mut self, pid: u32, now: Duration) -> Result<Duration, String> {
         let hits = self.attached.hits().map_err(|error| error.to_string())?;
         let cpu = cpu_time(pid).map_err(|error| format!("its CPU time: {error}"))?;
+        let others_pay = self.attached.is_too_dear_for_others();
         let step = self.governor.tick(Reading {
             now,
             hits,
             cpu,
             learning: self.attached.is_learning(),
+            others_pay: others_pay.map_err(|error| error.to_string())?,
         });
         let before = self.attached.tier();
         if step.tier != before {

@@ -6,6 +6,7 @@ use std::num::NonZeroU32;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuValues, Queue, RingBuf};
 use aya::programs::uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope};
@@ -26,6 +27,7 @@ use super::counts::{
 use super::error::{Error, errno};
 use super::events::ProcessEvents;
 use super::object::{OBJECT, Object};
+use super::others::{self, CpuReading, Others};
 use super::plan::{Code, Kind, Place, Plan, Role, Tier};
 use super::registers::{self, ThreadRegisters};
 use super::sys::{self, ProgramType, When};
@@ -33,6 +35,9 @@ use crate::task::{Histogram, Runs, SiteFlow, SiteKey};
 
 /// The kernel's types.
 const BTF: &str = "/sys/kernel/btf/vmlinux";
+
+/// The program of the tracepoint of switches.
+const SWITCH: &str = "thread_switch";
 
 /// What they are, in messages.
 const EVENTS: &str = "events of processes";
@@ -144,6 +149,8 @@ struct State {
     events: Option<(RingBuf<MapData>, Array<MapData, u64>)>,
     /// Tracepoints that are attached, by function.
     tracepoints: HashMap<&'static str, Weak<OwnedFd>>,
+    switches: PerCpuArray<MapData, u64>,
+    others: Others,
 }
 
 /// The loaded kernel side: one for a leakmon process, for any number of
@@ -219,6 +226,7 @@ impl Kernel {
         let processes = take(&mut ebpf, "PROCESSES")?;
         let events = (take(&mut ebpf, "EVENTS")?, take(&mut ebpf, "EVENTS_LOST")?);
         let iterated = take(&mut ebpf, "ITERATED")?;
+        let switches = take(&mut ebpf, "SWITCHES")?;
         let mut state = State {
             targets: take(&mut ebpf, "TARGETS")?,
             counters: take(&mut ebpf, "COUNTERS")?,
@@ -245,6 +253,8 @@ impl Kernel {
             processes,
             events: Some(events),
             tracepoints: HashMap::new(),
+            switches,
+            others: Others::default(),
             offsets,
             iterated,
         };
@@ -730,7 +740,55 @@ impl State {
         })?;
         let link = Arc::new(link);
         self.tracepoints.insert(function, Arc::downgrade(&link));
+        if function == SWITCH {
+            let cpus = self.cpu_readings()?;
+            self.others.attached(since_boot(), cpus);
+        }
         Ok(link)
+    }
+
+    /// Whether switches are to be left alone, for the sake of programs that
+    /// nobody watches.
+    fn others_pay(&mut self) -> Result<bool, Error> {
+        let now = since_boot();
+        if self
+            .tracepoints
+            .get(SWITCH)
+            .is_none_or(|link| link.strong_count() == 0)
+        {
+            self.others.detached();
+        }
+        if self.others.is_due(now) {
+            let cpus = self.cpu_readings()?;
+            self.others.judge(now, cpus);
+        }
+        Ok(self.others.refuses(now))
+    }
+
+    /// What each CPU has done so far.
+    fn cpu_readings(&self) -> Result<Vec<CpuReading>, Error> {
+        const STAT: &str = "/proc/stat";
+        let text = std::fs::read_to_string(STAT);
+        let busy = text.and_then(|text| others::busy(&text));
+        let busy = busy.map_err(|source| Error::File {
+            path: STAT.to_owned(),
+            source,
+        })?;
+        let error = map_error("read the switches");
+        let switches = self.switches.get(&0, 0).map_err(error)?;
+        let mut readings: Vec<CpuReading> = switches
+            .iter()
+            .map(|&switches| CpuReading {
+                switches,
+                busy: Duration::ZERO,
+            })
+            .collect();
+        for (number, busy) in busy {
+            if let Some(reading) = readings.get_mut(number) {
+                reading.busy = busy;
+            }
+        }
+        Ok(readings)
     }
 
     /// Has the tracepoints count for process `pid`.
@@ -1082,6 +1140,11 @@ impl State {
     }
 }
 
+/// [`monotonic`], as a duration.
+fn since_boot() -> Duration {
+    Duration::from_nanos(monotonic())
+}
+
 /// Nanoseconds of CLOCK_MONOTONIC, the kernel side's clock.
 fn monotonic() -> u64 {
     let now = nix::time::ClockId::CLOCK_MONOTONIC.now();
@@ -1246,6 +1309,19 @@ impl Attached {
     /// [`Error::Map`].
     pub fn hits(&self) -> Result<Hits, Error> {
         Ok(lock(&self.shared).counters(self.index, &self.roles)?.0)
+    }
+
+    /// Whether the highest tier now costs programs too much that nobody watches:
+    /// it looks at every switch of the machine's threads.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`] and [`Error::File`].
+    pub fn is_too_dear_for_others(&self) -> Result<bool, Error> {
+        if !self.roles.contains(&Role::ThreadSwitch) {
+            return Ok(false);
+        }
+        lock(&self.shared).others_pay()
     }
 
     /// Everything that was counted since the process was first attached.

@@ -19,6 +19,7 @@ mod error;
 mod events;
 mod kernel;
 mod object;
+mod others;
 mod plan;
 mod registers;
 mod sys;

@@ -62,6 +62,9 @@ pub enum TierReason {
     Governed,
     /// A higher one would exceed the budget.
     SteppedDown,
+    /// A higher one would look at every switch of the machine's threads, and
+    /// programs that nobody watches switch so often that they would pay for it.
+    OthersPay,
     /// A higher one is not possible here, for this reason.
     Unavailable(String),
 }
@@ -75,6 +78,7 @@ impl TierReason {
             TierReason::Fixed => "fixed",
             TierReason::Governed => "governed",
             TierReason::SteppedDown => "stepped_down",
+            TierReason::OthersPay => "others_pay",
             TierReason::Unavailable(_) => "unavailable",
         }
     }

@@ -368,6 +368,11 @@ fn head(canvas: &mut Canvas, runtime: &Runtime, tasks: &Tasks) {
         TierReason::Fixed => tier.push("as asked for".to_owned()),
         TierReason::Governed => {}
         TierReason::SteppedDown => tier.push("stepped down to stay within the budget".to_owned()),
+        TierReason::OthersPay => tier.push(
+            "no higher tier while the machine's threads switch so often that programs which \
+             nobody watches would pay for it"
+                .to_owned(),
+        ),
         TierReason::Unavailable(reason) => tier.push(format!("no higher tier: {}", safe(reason))),
     }
     canvas.row("tier", &tier);

@@ -182,6 +182,7 @@ impl Live {
             },
         };
         let tier_reason = match (&probing.unavailable, options.tier) {
+            _ if status.yields && status.tier == Tier::Lifecycle => TierReason::OthersPay,
             _ if status.tier < probing.highest => TierReason::SteppedDown,
             (_, Some(_)) => TierReason::Fixed,
             (Some(why), None) => TierReason::Unavailable(why.clone()),

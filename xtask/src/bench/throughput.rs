@@ -4,10 +4,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 
 use super::bpftrace;
 use super::hello;
 use super::sample::Sample;
+use super::system::cpu_seconds;
 use super::table::Table;
 use super::watcher::Watcher;
 use super::{Bench, Report, Verdict, field};
@@ -26,13 +29,17 @@ const WATCHERS: &[(&str, By)] = &[
     ("lifecycle", By::Leakmon(&["--tier", "lifecycle"])),
     ("blocking", By::Leakmon(&["--tier", "blocking"])),
     (DEFAULT, By::Leakmon(&[])),
-    (ANOTHER, By::Elsewhere(&["--tier", "blocking"])),
+    (
+        "another's, blocking",
+        By::Elsewhere(&["--tier", "blocking"]),
+    ),
+    (ANOTHER, By::Elsewhere(&[])),
     (BPFTRACE, By::Bpftrace),
 ];
 
 const CENSUS: &str = "census";
 const DEFAULT: &str = "default (5 %)";
-const ANOTHER: &str = "another process watched";
+const ANOTHER: &str = "another's, default";
 const BPFTRACE: &str = "bpftrace";
 
 /// Who watches.
@@ -55,8 +62,8 @@ const HTTP: &str = "HTTP";
 /// Requests for each second of the server's CPU time; in Rust, with axum on tokio.
 const AXUM: &str = "axum, by CPU";
 
-/// Two threads that wake each other.
-const FUTEX: &str = "futex pingpong";
+/// Two threads that wake each other, on one CPU: of all loads the one with the most switches.
+const FUTEX: &str = "futex pingpong, by CPU";
 
 /// The least that a server is to keep under the default governor.
 const WANTED: f64 = 0.95;
@@ -88,7 +95,8 @@ pub(super) fn run(bench: &mut Bench<'_>) -> Result<()> {
     loads.push(("tokio pingpong", Load::Loop(tokio.clone(), "pingpong")));
     loads.push(("tokio spawn", Load::Loop(tokio, "spawn")));
     loads.push((AXUM, Load::Hello(fixtures::newest_tokio("axumleak")?)));
-    loads.push((FUTEX, Load::Loop(threads.clone(), "pingpong")));
+    loads.push(("futex pingpong", Load::Loop(threads.clone(), "pingpong")));
+    loads.push((FUTEX, Load::OneCpu(threads.clone(), "pingpong")));
     loads.push(("thread spawn", Load::Loop(threads, "spawn")));
     for (number, (name, load)) in loads.iter().enumerate() {
         note(*name);
@@ -169,10 +177,22 @@ fn targets(report: &mut Report, load: &str, kept: &[Sample]) {
     }
 }
 
+/// Keeps a process's main thread, and those that it makes, on the last CPU that it may run on.
+fn pin(pid: u32) -> Result<()> {
+    let pid = Pid::from_raw(pid.cast_signed());
+    let allowed = sched_getaffinity(pid)?;
+    let last = (0..CpuSet::count()).rfind(|cpu| allowed.is_set(*cpu) == Ok(true));
+    let mut one = CpuSet::new();
+    one.set(last.context("no CPU is allowed")?)?;
+    Ok(sched_setaffinity(pid, &one)?)
+}
+
 /// A program, and what it is made to do.
 enum Load {
     /// A loop of `pingpong`, which is at this path.
     Loop(PathBuf, &'static str),
+    /// The same, with all its threads on one CPU.
+    OneCpu(PathBuf, &'static str),
     /// The server at this path, with its client in another process.
     Http(PathBuf),
     /// The server at this path, asked for `/hello` by this process.
@@ -182,7 +202,9 @@ enum Load {
 impl Load {
     fn program(&self) -> &Path {
         match self {
-            Self::Loop(path, _) | Self::Http(path) | Self::Hello(path) => path,
+            Self::Loop(path, _) | Self::OneCpu(path, _) | Self::Http(path) | Self::Hello(path) => {
+                path
+            }
         }
     }
 }
@@ -244,6 +266,11 @@ impl<'a> Running<'a> {
         let mut program = Program::start(load.program(), &[])?;
         let address = match load {
             Load::Loop(..) => String::new(),
+            Load::OneCpu(..) => {
+                // Before it makes the threads of the loop.
+                pin(program.pid())?;
+                String::new()
+            }
             Load::Http(_) | Load::Hello(_) => {
                 let line = program.line()?;
                 let address = line.strip_prefix("listening ");
@@ -257,11 +284,17 @@ impl<'a> Running<'a> {
         })
     }
 
-    /// Operations a second over this time; of [`Load::Hello`], a second of the server's CPU time.
+    /// Operations a second over this time; of [`Load::OneCpu`] and [`Load::Hello`], a second of the program's CPU time.
     fn rate(&mut self, time: Duration) -> Result<f64> {
         let text = format!("{}ms", time.as_millis());
         let answer = match self.load {
             Load::Loop(_, name) => self.program.ask(&format!("run {name} {text}"))?,
+            Load::OneCpu(_, name) => {
+                let before = cpu_seconds(self.program.pid())?;
+                let answer = self.program.ask(&format!("run {name} {text}"))?;
+                let spent = cpu_seconds(self.program.pid())? - before;
+                return Ok(field(&answer, "ops")? / spent);
+            }
             Load::Http(path) => Run::new(path)
                 .args(["-client", &self.address, "-d", &text])
                 .capture()?,
