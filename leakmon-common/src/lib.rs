@@ -64,6 +64,10 @@ pub struct Target {
     /// 1: it is not known yet which tasks there were before the probes came: one
     /// that is seen for the first time is taken for such, and no end is counted.
     pub learning: u32,
+    /// 1: no process, but a pool of them, which have the same probes. Hits of its
+    /// links are those of the member that [`member_key`] finds; this index has
+    /// those of processes that nobody watches.
+    pub pool: u64,
 }
 
 /// What a link passes to its program, packed in an attach cookie.
@@ -93,6 +97,14 @@ impl Cookie {
             epoch: (raw >> 32) as u32,
         }
     }
+}
+
+/// Key of `MEMBERS`: a process, by its id, in the pool with this index in
+/// `TARGETS`. The value is the cookie of the process's own index in there; 0: the
+/// process has links of its own, which count its hits.
+#[inline(always)]
+pub const fn member_key(tgid: u32, pool: u16) -> u64 {
+    (tgid as u64) << 16 | pool as u64
 }
 
 /// Key of `SITES`.

@@ -7,15 +7,15 @@ use core::ffi::c_void;
 use aya_ebpf::{
     EbpfContext,
     bindings::BPF_NOEXIST,
-    helpers::{bpf_get_attach_cookie, bpf_probe_read_user},
+    helpers::{bpf_get_attach_cookie, bpf_get_current_pid_tgid, bpf_probe_read_user},
 };
 use aya_log_ebpf::warn;
 use leakmon_common::{
     Cookie, Counters, Dropped, NO_SLOT, SiteCount, SiteKey, Target, TargetSite, WAIT_FRAMES,
-    WaitKey, histogram_bucket,
+    WaitKey, histogram_bucket, member_key,
 };
 
-use crate::maps::{COUNTERS, FREE_SLOTS, SITES, TARGETS, WAIT_COUNTS, WAITS};
+use crate::maps::{COUNTERS, FREE_SLOTS, MEMBERS, SITES, TARGETS, WAIT_COUNTS, WAITS};
 
 /// Adds to a counter that other programs add to as well. The address is taken
 /// as a pointer, since no reference to it is exclusive.
@@ -108,18 +108,37 @@ impl Hit<'_> {
     }
 
     #[inline(always)]
-    fn find(cookie: Cookie) -> Option<Self> {
-        let index = u32::from(cookie.target);
-        let target = TARGETS.get(index)?;
-        if target.epoch != cookie.epoch {
-            return None;
+    fn find(link: Cookie) -> Option<Self> {
+        let mut cookie = link;
+        let mut target = Self::target(cookie)?;
+        if target.pool != 0 {
+            let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
+            // SAFETY: user space alone writes it, before and after the target's
+            // programs.
+            let member = unsafe { MEMBERS.get(member_key(tgid, link.target)) };
+            if let Some(&member) = member {
+                if member == 0 {
+                    return None;
+                }
+                cookie = Cookie {
+                    argument: link.argument,
+                    ..Cookie::unpack(member)
+                };
+                target = Self::target(cookie)?;
+            }
         }
-        let counters = COUNTERS.get_ptr_mut(index)?;
+        let counters = COUNTERS.get_ptr_mut(u32::from(cookie.target))?;
         Some(Self {
             cookie,
             target,
             counters,
         })
+    }
+
+    #[inline(always)]
+    fn target(cookie: Cookie) -> Option<&'static Target> {
+        let target = TARGETS.get(u32::from(cookie.target))?;
+        (target.epoch == cookie.epoch).then_some(target)
     }
 
     /// Counts a hit that is not counted otherwise. True for the first ones of

@@ -19,6 +19,12 @@ use leakmon_common::{
 #[map]
 pub static TARGETS: Array<Target> = Array::with_max_entries(MAX_TARGETS, 0);
 
+/// The processes that share the links of a pool, by
+/// [`leakmon_common::member_key`]. Written by user space only.
+#[map]
+pub static MEMBERS: HashMap<u64, u64> =
+    HashMap::with_max_entries(2 * MAX_TARGETS, BPF_F_NO_PREALLOC);
+
 /// Hits and drops of each target.
 #[map]
 pub static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entries(MAX_TARGETS, 0);

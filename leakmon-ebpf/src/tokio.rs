@@ -66,7 +66,8 @@ fn call<'a>(context: *mut c_void) -> Option<Hit<'a>> {
     } else {
         hit.counted::<{ slot::POLL }>();
     }
-    Some(hit)
+    // Nothing is kept of a process that nobody watches.
+    (hit.target.pool == 0).then_some(hit)
 }
 
 /// A call of `poll`, and its return. 1 asks the kernel not to see the return.

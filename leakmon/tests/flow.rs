@@ -7,6 +7,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::Command;
+use std::time::Instant;
 
 use common::{Running, Started, all, fixture, leakmon};
 use leakmon::binary::addr::{FileOffset, RuntimeAddr, Vaddr};
@@ -27,18 +28,46 @@ struct Watch {
 impl Watch {
     /// Watches `pid`, and returns once the probes are attached.
     fn start(pid: u32, args: &[&str]) -> Watch {
-        let pid = pid.to_string();
-        let mut all = vec!["--pid", &pid, "--format", "json", "--top", "1000"];
+        Watch::start_all(&[pid], args)
+    }
+
+    /// The same for many.
+    fn start_all(pids: &[u32], args: &[&str]) -> Watch {
+        let named: Vec<String> = pids.iter().map(u32::to_string).collect();
+        let mut all = vec!["--format", "json", "--top", "1000"];
+        all.extend(named.iter().flat_map(|pid| ["--pid", pid]));
         all.extend(args);
         let watch = Watch {
             leakmon: Started::start(&mut leakmon(all)),
         };
-        let report = watch.report_that("says that probes are attached", |report| {
-            let probes = &report["probes"];
-            probes["spawns_complete"] == true && probes["attached_ratio"].as_f64() > Some(0.0)
-        });
-        assert!(report["refusal"].is_null(), "{report:#}");
+        for pid in pids {
+            let report = watch.report_that("says that probes are attached", |report| {
+                let probes = &report["probes"];
+                report["process"]["pid"] == *pid
+                    && probes["spawns_complete"] == true
+                    && probes["attached_ratio"].as_f64() > Some(0.0)
+            });
+            assert!(report["refusal"].is_null(), "{report:#}");
+        }
         watch
+    }
+
+    /// The first report on `pid` that was begun after this call.
+    #[track_caller]
+    fn fresh_report_on(&self, pid: u32) -> Value {
+        let since = common::now();
+        self.report_that("is new", |report| {
+            report["process"]["pid"] == pid
+                && report["time_unix_seconds"].as_f64() > Some(since + 0.3)
+        })
+    }
+
+    /// Links of probes that leakmon has.
+    fn links(&self) -> usize {
+        let folder = format!("/proc/{}/fdinfo", self.leakmon.pid());
+        let infos = std::fs::read_dir(folder).expect("its descriptors");
+        let infos = infos.filter_map(|info| std::fs::read_to_string(info.ok()?.path()).ok());
+        infos.filter(|info| info.contains("uprobe_multi")).count()
     }
 
     /// The next report.
@@ -51,7 +80,8 @@ impl Watch {
     #[track_caller]
     fn report_that(&self, what: &str, is_so: impl Fn(&Value) -> bool) -> Value {
         let mut last = Value::Null;
-        for _ in 0..40 {
+        let until = Instant::now() + common::LIMIT;
+        while Instant::now() < until {
             last = self.report();
             if is_so(&last) {
                 return last;
@@ -62,8 +92,7 @@ impl Watch {
 
     /// The first report that was begun after this call.
     fn fresh_report(&self) -> Value {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        let now = now.expect("a clock").as_secs_f64();
+        let now = common::now();
         self.report_that("is new", |report| {
             // Its time is that of its end, its census lies before it.
             report["time_unix_seconds"].as_f64() > Some(now + 0.3)
@@ -337,6 +366,66 @@ fn two_watch_one_process() {
     expect_totals(&second.fresh_report(), 8000, 8000, "the second, alone");
     second.stop();
     common::wait_until("the probes are gone", || instructions.changed() == 0);
+}
+
+/// Many processes of one program share probes: each has its own figures, those of
+/// a copy that nobody watches are nobody's, and a copy that ends takes nothing along.
+#[test]
+fn copies_share_probes_and_have_their_own_figures() {
+    let Some(churner) = fixture("churner", "plain") else {
+        return;
+    };
+    // The other tests' processes are not to be among them.
+    let scratch = common::scratch();
+    let program = scratch.path().join("churner");
+    std::fs::copy(&churner.path, &program).expect("a copy");
+    let args = ["--interval", "300ms", "--max-overhead", "1000"];
+    let mut copies: Vec<Running> = (0..12).map(|_| Running::start(&program)).collect();
+    let mut unwatched = Running::start(&program);
+    let pids: Vec<u32> = copies.iter().map(Running::pid).collect();
+    let few = Watch::start_all(&pids[..6], &args);
+    let links = few.links();
+    few.stop();
+    let watch = Watch::start_all(&pids, &args);
+    // As many as for half of them.
+    assert!(links > 0);
+    assert_eq!(watch.links(), links);
+    unwatched.ask("churn 300 10 2000");
+    // Slowly: at full speed the probes would exceed any budget.
+    let figure = |copy: usize| 100 * (copy as u64 + 1);
+    let churn = |copy: &mut Running, number| {
+        copy.ask(&format!("churn {} 10 2000", figure(number)));
+    };
+    for (number, copy) in copies.iter_mut().enumerate() {
+        churn(copy, number);
+    }
+    let expect = |watch: &Watch, number: usize, times: u64| {
+        let report = watch.fresh_report_on(pids[number]);
+        let total = figure(number) * times;
+        expect_totals(&report, total, total, &format!("copy {number}"));
+        assert_eq!(report["tier"]["name"], "blocking", "{report:#}");
+        assert_eq!(report["probes"]["waits_complete"], true, "{report:#}");
+    };
+    for number in 0..copies.len() {
+        expect(&watch, number, 1);
+    }
+    // One with probes of its own, and two that share.
+    for number in [11, 7, 0] {
+        drop(copies.remove(number));
+    }
+    let left = [1, 2, 3, 4, 5, 6, 8, 9, 10];
+    for (copy, number) in copies.iter_mut().zip(left) {
+        churn(copy, number);
+    }
+    for number in left {
+        expect(&watch, number, 2);
+    }
+    // In another process, while it is watched by others, too.
+    let instructions = Instructions::of(unwatched.pid());
+    watch.leakmon.signal(Signal::SIGINT);
+    watch.leakmon.finish();
+    common::wait_until("the probes are gone", || instructions.changed() == 0);
+    unwatched.ask("churn 1000");
 }
 
 /// A target that starts processes, of its own program too: they live, and

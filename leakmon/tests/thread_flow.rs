@@ -5,7 +5,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use common::{Owned, Running, Started, fixtures, leakmon};
 use nix::sys::signal::Signal;
@@ -61,11 +61,6 @@ fn kernel_count(pid: u32) -> u64 {
         .find_map(|line| line.strip_prefix("Threads:"));
     line.and_then(|count| count.trim().parse().ok())
         .expect("a count of threads")
-}
-
-fn now() -> f64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.expect("a clock").as_secs_f64()
 }
 
 /// What a report says of the process's threads.
@@ -130,7 +125,7 @@ impl Watch {
 
     /// The first report on `pid` that was begun after this call.
     fn fresh_report(&self, pid: u32) -> Value {
-        let since = now();
+        let since = common::now();
         self.report_that(pid, "is new", |report| {
             // Its time is that of its end, its census lies before it.
             let took = threads(report)["tasks"]["census_seconds"].as_f64();
@@ -303,9 +298,9 @@ fn waits_are_as_old_as_they_are() {
     let pid = target.pid();
     let watch = Watch::start(&[pid], &["--interval", "2s", "--tier", "blocking"]);
     watch.report();
-    let before = now();
+    let before = common::now();
     target.ask("leak 3");
-    let after = now();
+    let after = common::now();
     let waits_since = |report: &Value| {
         let site = site_of(report, 3);
         let age = site["oldest_wait_seconds"].as_f64().unwrap_or(0.0);

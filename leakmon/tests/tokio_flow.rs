@@ -108,8 +108,7 @@ impl Watch {
 
     /// The first report that was begun after this call.
     fn fresh_report(&self) -> Value {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        let now = now.expect("a clock").as_secs_f64();
+        let now = common::now();
         self.report_that("is new", |report| {
             // Its time is that of its end, its census lies before it.
             report["time_unix_seconds"].as_f64() > Some(now + 0.3)

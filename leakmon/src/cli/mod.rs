@@ -15,6 +15,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use globset::GlobMatcher;
 
+use crate::probe;
 use crate::process::discovery;
 use crate::process::identity::ProcessError;
 use crate::process::memory::MemoryError;
@@ -104,6 +105,10 @@ pub struct Cli {
     #[command(flatten)]
     watch: WatchArgs,
 }
+
+/// How long the end waits for what is being detached: the kernel takes up to a
+/// tenth of a second for each process.
+const DETACHING: Duration = Duration::from_secs(60);
 
 const EXIT_CODES: &str = "Exit codes:
   0  done
@@ -288,6 +293,7 @@ pub fn run() -> ExitCode {
         None if cli.watch.pids.is_empty() => system::run(cli.watch),
         None => watch::run(cli.watch),
     };
+    probe::settle(DETACHING);
     match done {
         Ok(exit) => exit.into(),
         Err(failure) => {

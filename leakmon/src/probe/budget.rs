@@ -77,6 +77,9 @@ pub struct Step {
 pub struct Reading {
     /// Any clock that only goes on.
     pub now: Duration,
+    /// What has been attached since the last reading: [`Step::tier`], or less
+    /// where others have a say in it.
+    pub attached: Tier,
     /// Hits so far ([`super::Attached::hits`]).
     pub hits: Hits,
     /// CPU time that the target has used so far ([`cpu_time`]).
@@ -203,6 +206,17 @@ impl Governor {
         }
     }
 
+    /// For processes that are hit by the same probes, and that nobody watches:
+    /// together they may lose what one may that is idle.
+    pub fn of_others(&self) -> Governor {
+        Governor::new(self.cost, Some(0.0), Tier::Blocking)
+    }
+
+    /// The highest tier that it can decide for.
+    pub fn highest(&self) -> Tier {
+        self.highest
+    }
+
     /// The tier in force. It is attached all the time or, when it does not fit,
     /// part of it.
     pub fn tier(&self) -> Tier {
@@ -221,6 +235,10 @@ impl Governor {
     pub fn tick(&mut self, reading: Reading) -> Step {
         let last = self.last.replace(reading);
         if let Some(last) = last {
+            if reading.attached > last.attached && self.share.is_some() {
+                self.tokens -= SWITCH_NS;
+            }
+            self.attached = reading.attached;
             self.account(last, reading);
         }
         let Some(_) = self.share else {
@@ -413,7 +431,6 @@ impl Governor {
             };
             return self.step(rest, self.pause(rest));
         }
-        self.tokens -= SWITCH_NS;
         let after = match self.rate(self.wanted) {
             Some(rate) if rate > self.allowance => self.until_empty(rate),
             Some(_) => TICK.1,
@@ -540,6 +557,7 @@ mod tests {
                 let cost = (spawns * 500.0 + parks * 600.0) / 1e9;
                 self.reading = Reading {
                     now: self.reading.now + step.after,
+                    attached: step.tier,
                     hits,
                     cpu: self.reading.cpu + Duration::from_secs_f64(self.cores * seconds + cost),
                     ..self.reading

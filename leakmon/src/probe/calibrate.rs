@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use leakmon_common::go::{Layout, STARTPC_FROM_GOPC};
 use leakmon_common::tokio;
 
+use super::detaching::Detaching;
 use super::error::Error;
 use super::kernel::{Attached, Kernel, Way};
 use super::plan::{Code, Measured, Place, Plan, Role, Tier};
@@ -408,9 +409,17 @@ fn measure(kernel: &Kernel) -> Result<Cost, Error> {
         switch_ns: or(measure_switch(kernel), blocking_ns),
     };
     let verified = verify(&sites).and_then(|()| verify(&waits));
-    // The kernel takes its time; nobody needs to wait for it.
-    std::thread::spawn(move || drop((nothing, sites, waits)));
+    detach((nothing, sites, waits));
     verified.map(|()| cost)
+}
+
+/// Drops what is attached. The kernel takes its time; nobody needs to wait for it.
+fn detach<T: Send + 'static>(attached: T) {
+    let detaching = Detaching::begin();
+    std::thread::spawn(move || {
+        drop(attached);
+        drop(detaching);
+    });
 }
 
 /// The words of a made-up task: its state (one reference), its vtable's address,
@@ -461,7 +470,7 @@ fn measure_poll(kernel: &Kernel, role: Role) -> Result<f64, Error> {
     attached.learned(&[])?;
     let probed = time();
     let counts = attached.read();
-    std::thread::spawn(move || drop(attached));
+    detach(attached);
     let rounds = ROUNDS * (MEASUREMENTS as u64 + 1);
     let polls: Vec<u64> = counts?.waits.iter().map(|wait| wait.runs.count).collect();
     if polls != [rounds] {

@@ -1,29 +1,59 @@
-//! Carries out what the governor decides, on a thread of its own: a window of
+//! Carries out what the governors decide, on a thread of its own: a window of
 //! 20 ms must not wait for a census that takes a second.
+//!
+//! Processes that share their probes ([`Attached::pool`]) share the thread, too:
+//! what one of them attaches all pay for, so as much is attached as the governors
+//! of all agree on.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::thread::JoinHandle;
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::budget::{Governor, Interval, Reading, cpu_time};
+use super::budget::{Governor, Interval, Reading, Step, cpu_time};
 use super::counts::{Counts, CreationStack, KnownTask};
+use super::detaching::Detaching;
 use super::error::Error;
 use super::kernel::Attached;
 use super::plan::Tier;
 
-/// A process whose probes are governed until this is dropped.
+/// The time to the next tick where nothing is governed.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// Starts [`Driver`]s, and knows those that share a thread.
+#[derive(Default)]
+pub struct Drivers {
+    pools: Mutex<HashMap<u32, Weak<Shared>>>,
+}
+
+/// A process whose probes are governed until this is dropped; they are detached
+/// soon after.
 pub struct Driver {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    number: u64,
 }
 
 struct Shared {
+    started: Instant,
     state: Mutex<State>,
-    /// Signalled to end the thread.
+    /// Signalled when somebody has come or wants to go.
     wake: Condvar,
 }
 
+#[derive(Default)]
 struct State {
+    seats: Vec<Seat>,
+    /// Of those who share the probes and whom nobody watches.
+    others: Option<Governor>,
+    /// Numbers that were given.
+    numbers: u64,
+    /// The thread is at its end, nobody may come any more.
+    over: bool,
+}
+
+/// One process.
+struct Seat {
+    number: u64,
+    pid: u32,
     attached: Attached,
     governor: Governor,
     /// Why nothing is attached any more.
@@ -32,7 +62,8 @@ struct State {
     gaps: u64,
     /// Times that park and resume were detached.
     wait_gaps: u64,
-    stop: bool,
+    /// Its driver was dropped. After `attached`, which is dropped before it.
+    left: Option<Detaching>,
 }
 
 /// What is attached, as the governor sees it.
@@ -56,28 +87,71 @@ pub struct Status {
     pub wait_gaps: u64,
 }
 
-impl Driver {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // No change of what is locked is left half done by a panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Drivers {
     /// Governs what is attached to process `pid`.
-    pub fn start(attached: Attached, governor: Governor, pid: u32) -> Driver {
+    pub fn start(&self, attached: Attached, governor: Governor, pid: u32) -> Driver {
+        let pool = attached.pool();
+        let mut pools = lock(&self.pools);
+        let mut seat = Seat {
+            number: 0,
+            pid,
+            attached,
+            governor,
+            failed: None,
+            gaps: 0,
+            wait_gaps: 0,
+            left: None,
+        };
+        if let Some(shared) = pool.and_then(|pool| pools.get(&pool)?.upgrade()) {
+            match shared.seat(seat) {
+                Ok(number) => return Driver { shared, number },
+                Err(rejected) => seat = *rejected,
+            }
+        }
+        let others = pool.map(|_| seat.governor.of_others());
         let shared = Arc::new(Shared {
+            started: Instant::now(),
             state: Mutex::new(State {
-                attached,
-                governor,
-                failed: None,
-                gaps: 0,
-                wait_gaps: 0,
-                stop: false,
+                seats: vec![seat],
+                others,
+                numbers: 0,
+                over: false,
             }),
             wake: Condvar::new(),
         });
-        let thread = std::thread::spawn({
-            let shared = Arc::clone(&shared);
-            move || shared.govern(pid)
-        });
-        Driver {
-            shared,
-            thread: Some(thread),
+        if let Some(pool) = pool {
+            pools.retain(|_, shared| shared.strong_count() > 0);
+            pools.insert(pool, Arc::downgrade(&shared));
         }
+        drop(pools);
+        std::thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || shared.govern()
+        });
+        Driver { shared, number: 0 }
+    }
+}
+
+impl Driver {
+    fn with<T>(&self, look: impl FnOnce(&mut Seat) -> T) -> T {
+        self.with_all(|_, seat| look(seat))
+    }
+
+    /// With the tier that is in force for all who share the probes.
+    fn with_all<T>(&self, look: impl FnOnce(Tier, &mut Seat) -> T) -> T {
+        let mut state = lock(&self.shared.state);
+        let in_force = state.in_force();
+        let mut seats = state.seats.iter_mut();
+        let seat = seats.find(|seat| seat.number == self.number);
+        look(
+            in_force,
+            seat.expect("a seat is taken away after its driver alone"),
+        )
     }
 
     /// Everything that was counted since the process was first attached.
@@ -85,7 +159,7 @@ impl Driver {
     /// # Errors
     /// [`Error::Map`].
     pub fn counts(&self) -> Result<Counts, Error> {
-        self.shared.lock().attached.read()
+        self.with(|seat| seat.attached.read())
     }
 
     /// See [`Attached::creation_stacks`].
@@ -93,7 +167,7 @@ impl Driver {
     /// # Errors
     /// [`Error::Map`].
     pub fn creation_stacks(&self) -> Result<Vec<CreationStack>, Error> {
-        self.shared.lock().attached.creation_stacks()
+        self.with(|seat| seat.attached.creation_stacks())
     }
 
     /// See [`Attached::learned`].
@@ -101,60 +175,75 @@ impl Driver {
     /// # Errors
     /// [`Error::Map`].
     pub fn learned(&self, known: &[KnownTask]) -> Result<(), Error> {
-        self.shared.lock().attached.learned(known)
+        self.with(|seat| seat.attached.learned(known))
     }
 
     /// What happened since the last call.
     pub fn take_interval(&self) -> Interval {
-        self.shared.lock().governor.take_interval()
+        self.with(|seat| seat.governor.take_interval())
     }
 
     /// What is attached.
     pub fn status(&self) -> Status {
-        let state = self.shared.lock();
-        Status {
-            tier: state.governor.tier(),
-            attached: state.attached.tier(),
-            learning: state.attached.is_learning(),
-            yields: state.governor.yields(),
-            failed: state.failed.clone(),
-            gaps: state.gaps,
-            wait_gaps: state.wait_gaps,
-        }
+        self.with_all(|in_force, seat| Status {
+            tier: seat.governor.tier().min(in_force),
+            attached: seat.attached.tier(),
+            learning: seat.attached.is_learning(),
+            yields: seat.governor.yields(),
+            failed: seat.failed.clone(),
+            gaps: seat.gaps,
+            wait_gaps: seat.wait_gaps,
+        })
     }
 }
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        self.shared.lock().stop = true;
+        self.with(|seat| {
+            // Another one of the process can be attached at once; what the kernel
+            // takes its time for is done by the thread.
+            seat.attached.leave();
+            seat.left = Some(Detaching::begin());
+        });
         self.shared.wake.notify_all();
-        if let Some(thread) = self.thread.take() {
-            // A panic of it was printed where it happened.
-            let _ = thread.join();
-        }
     }
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // No change of the state is left half done by a panic.
-        self.state
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    /// Takes in one more process; gives it back when the thread is at its end.
+    fn seat(&self, mut seat: Seat) -> Result<u64, Box<Seat>> {
+        let mut state = lock(&self.state);
+        if state.over {
+            return Err(Box::new(seat));
+        }
+        state.numbers += 1;
+        let number = state.numbers;
+        seat.number = number;
+        state.seats.push(seat);
+        drop(state);
+        self.wake.notify_all();
+        Ok(number)
     }
 
-    fn govern(&self, pid: u32) {
-        let started = Instant::now();
-        let mut state = self.lock();
-        while !state.stop {
-            let after = match state.tick(pid, started.elapsed()) {
-                Ok(after) => after,
-                Err(error) => {
-                    state.failed = Some(error);
-                    // What is left is detached when the driver is dropped.
-                    break;
+    fn govern(&self) {
+        let mut state = lock(&self.state);
+        loop {
+            let (gone, kept): (Vec<Seat>, Vec<Seat>) = std::mem::take(&mut state.seats)
+                .into_iter()
+                .partition(|seat| seat.left.is_some());
+            state.seats = kept;
+            if !gone.is_empty() {
+                state.over = state.seats.is_empty();
+                let over = state.over;
+                drop(state);
+                drop(gone);
+                if over {
+                    return;
                 }
-            };
+                state = lock(&self.state);
+                continue;
+            }
+            let after = state.tick(self.started.elapsed());
             state = self
                 .wake
                 .wait_timeout(state, after)
@@ -165,25 +254,87 @@ impl Shared {
 
 impl State {
     /// Reads, decides and attaches; the time to the next tick.
-    fn tick(&mut self, pid: u32, now: Duration) -> Result<Duration, String> {
+    fn tick(&mut self, now: Duration) -> Duration {
+        let mut agreed = Step {
+            tier: Tier::Blocking,
+            after: IDLE,
+        };
+        let mut agree = |governor: &Governor, step: Step| {
+            // Who has all that it may have does not mind what others have.
+            if step.tier < governor.highest() {
+                agreed.tier = agreed.tier.min(step.tier);
+            }
+            agreed.after = agreed.after.min(step.after);
+        };
+        for seat in self.seats.iter_mut().filter(|seat| seat.failed.is_none()) {
+            match seat.tick(now) {
+                Ok(step) => agree(&seat.governor, step),
+                Err(error) => seat.fail(error),
+            }
+        }
+        let attached = self.seats.iter().map(|seat| seat.attached.tier()).max();
+        let mut seats = self.seats.iter_mut().filter(|seat| seat.failed.is_none());
+        if let (Some(others), Some(seat)) = (&mut self.others, seats.next()) {
+            match seat.attached.hits_of_others() {
+                Ok(hits) => {
+                    let step = others.tick(Reading {
+                        now,
+                        attached: attached.unwrap_or_default(),
+                        hits,
+                        ..Reading::default()
+                    });
+                    agree(others, step);
+                }
+                Err(error) => seat.fail(error.to_string()),
+            }
+        }
+        for seat in self.seats.iter_mut().filter(|seat| seat.failed.is_none()) {
+            let tier = agreed.tier.min(seat.governor.highest());
+            if let Err(error) = seat.set_tier(tier) {
+                seat.fail(error.to_string());
+            }
+        }
+        agreed.after
+    }
+
+    /// The tier that is in force for those who share probes.
+    fn in_force(&self) -> Tier {
+        let seats = self.seats.iter().filter(|seat| seat.failed.is_none());
+        let governors = seats.map(|seat| &seat.governor).chain(&self.others);
+        let minding = governors.filter(|governor| governor.tier() < governor.highest());
+        let tiers = minding.map(Governor::tier);
+        tiers.min().unwrap_or(Tier::Blocking)
+    }
+}
+
+impl Seat {
+    fn tick(&mut self, now: Duration) -> Result<Step, String> {
         let hits = self.attached.hits().map_err(|error| error.to_string())?;
-        let cpu = cpu_time(pid).map_err(|error| format!("its CPU time: {error}"))?;
+        let cpu = cpu_time(self.pid).map_err(|error| format!("its CPU time: {error}"))?;
         let others_pay = self.attached.is_too_dear_for_others();
-        let step = self.governor.tick(Reading {
+        Ok(self.governor.tick(Reading {
             now,
+            attached: self.attached.tier(),
             hits,
             cpu,
             learning: self.attached.is_learning(),
             others_pay: others_pay.map_err(|error| error.to_string())?,
-        });
+        }))
+    }
+
+    /// Nothing is attached any more.
+    fn fail(&mut self, why: String) {
+        self.failed = Some(why);
+        self.attached.leave();
+    }
+
+    fn set_tier(&mut self, tier: Tier) -> Result<(), Error> {
         let before = self.attached.tier();
-        if step.tier != before {
-            self.attached
-                .set_tier(step.tier)
-                .map_err(|error| error.to_string())?;
-            self.gaps += u64::from(before >= Tier::Lifecycle && step.tier < Tier::Lifecycle);
-            self.wait_gaps += u64::from(before >= Tier::Blocking && step.tier < Tier::Blocking);
+        if tier != before {
+            self.attached.set_tier(tier)?;
+            self.gaps += u64::from(before >= Tier::Lifecycle && tier < Tier::Lifecycle);
+            self.wait_gaps += u64::from(before >= Tier::Blocking && tier < Tier::Blocking);
         }
-        Ok(step.after)
+        Ok(())
     }
 }

@@ -17,7 +17,7 @@ use leakmon_common::threads::{KernelOffsets, StackCopy, ThreadEntry};
 use leakmon_common::tokio::{SESSION_COOKIE, SESSION_IS_RETURN, TaskEntry, header_of, owner};
 use leakmon_common::{
     Cookie, Counters, MAX_TARGETS, NO_SLOT, Parked, SiteCount, Target, TargetSite, WaitCount,
-    WaitKey, parked_key,
+    WaitKey, member_key, parked_key,
 };
 
 use super::btf::Btf;
@@ -29,6 +29,7 @@ use super::events::ProcessEvents;
 use super::object::{OBJECT, Object};
 use super::others::{self, CpuReading, Others};
 use super::plan::{Code, Kind, Place, Plan, Role, Tier};
+use super::pool::{OWN_LINKS, Pool, PoolKey, Shared};
 use super::registers::{self, ThreadRegisters};
 use super::sys::{self, ProgramType, When};
 use crate::task::{Histogram, Runs, SiteFlow, SiteKey};
@@ -106,6 +107,15 @@ enum Links {
     Tracepoint(Arc<OwnedFd>),
 }
 
+/// Whose hits a link sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scope {
+    /// Those of the process whose file it is attached to.
+    Process,
+    /// Those of every process that has the file mapped.
+    Everybody,
+}
+
 /// One index of `TARGETS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Index {
@@ -151,6 +161,8 @@ struct State {
     tracepoints: HashMap<&'static str, Weak<OwnedFd>>,
     switches: PerCpuArray<MapData, u64>,
     others: Others,
+    members: aya::maps::HashMap<MapData, u64, u64>,
+    pools: HashMap<PoolKey, Pool<Vec<Links>>>,
 }
 
 /// The loaded kernel side: one for a leakmon process, for any number of
@@ -202,6 +214,7 @@ impl Kernel {
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("TASKS", limits.tasks)
             .map_max_entries("TARGETS", limits.targets)
+            .map_max_entries("MEMBERS", 2 * limits.targets)
             .map_max_entries("COUNTERS", limits.targets)
             .map_max_entries("SITES", limits.sites)
             .map_max_entries("PARKED", limits.goroutines)
@@ -227,6 +240,7 @@ impl Kernel {
         let events = (take(&mut ebpf, "EVENTS")?, take(&mut ebpf, "EVENTS_LOST")?);
         let iterated = take(&mut ebpf, "ITERATED")?;
         let switches = take(&mut ebpf, "SWITCHES")?;
+        let members = take(&mut ebpf, "MEMBERS")?;
         let mut state = State {
             targets: take(&mut ebpf, "TARGETS")?,
             counters: take(&mut ebpf, "COUNTERS")?,
@@ -255,6 +269,8 @@ impl Kernel {
             tracepoints: HashMap::new(),
             switches,
             others: Others::default(),
+            members,
+            pools: HashMap::new(),
             offsets,
             iterated,
         };
@@ -285,31 +301,33 @@ impl Kernel {
     /// [`Error::Attach`] names the place, [`Error::Plan`] what is wrong with
     /// the plan.
     pub fn attach(&self, pid: u32, plan: &Plan, tier: Tier) -> Result<Attached, Error> {
+        let mut attached = self.add(pid, plan, false)?;
+        attached.set_tier(tier)?;
+        Ok(attached)
+    }
+
+    /// As [`Kernel::attach`] of [`Tier::Census`], with links that it shares with
+    /// others where many have the same places ([`Attached::pool`]).
+    ///
+    /// # Errors
+    ///
+    /// As [`Kernel::attach`].
+    pub fn join(&self, pid: u32, plan: &Plan) -> Result<Attached, Error> {
+        self.add(pid, plan, true)
+    }
+
+    fn add(&self, pid: u32, plan: &Plan, may_share: bool) -> Result<Attached, Error> {
         let pid = NonZeroU32::new(pid).ok_or(Error::Plan("process 0 is the kernel's"))?;
         let mut state = lock(&self.shared);
-        let index = state
-            .indices
-            .iter()
-            .position(|&index| index == Index::Free)
-            .ok_or(Error::TooManyTargets(state.indices.len() as u32))?;
-        state.epoch = state.epoch.wrapping_add(1);
         let target = Target {
-            lifecycle_since: 0,
-            blocking_since: 0,
             layout: plan.layout,
-            epoch: state.epoch,
-            learning: 0,
+            ..Target::default()
         };
-        state
-            .targets
-            .set(index as u32, target, 0)
-            .map_err(map_error("describe a process"))?;
-        state.indices[index] = Index::Used;
-        drop(state);
+        let (index, target) = state.add_target(target)?;
         let mut attached = Attached {
             shared: Arc::clone(&self.shared),
             pid,
-            index: index as u16,
+            index,
             target,
             plan: plan.clone(),
             roles: Role::all()
@@ -319,8 +337,21 @@ impl Kernel {
             seeded: false,
             tier: Tier::Census,
             links: Vec::new(),
+            pool: None,
+            shares: false,
+            left: false,
         };
-        attached.set_tier(tier)?;
+        let key = may_share.then(|| state.pool_key(pid, plan)).flatten();
+        let joined = key.map(|key| {
+            let shares = state.join(&key, pid.get(), index);
+            (key, shares)
+        });
+        // Dropping what was made takes the lock.
+        drop(state);
+        if let Some((key, shares)) = joined {
+            attached.pool = Some(key);
+            attached.shares = shares?;
+        }
         Ok(attached)
     }
 
@@ -338,7 +369,8 @@ impl Kernel {
             argument: 0,
             epoch: 0,
         };
-        let links = lock(&self.shared).link(Kind::Entry(EMPTY), pid, cookie, &places)?;
+        let links =
+            lock(&self.shared).link(Kind::Entry(EMPTY), pid, Scope::Process, cookie, &places)?;
         Ok(Empty(links))
     }
 }
@@ -860,6 +892,7 @@ impl State {
         &mut self,
         kind: Kind,
         pid: NonZeroU32,
+        scope: Scope,
         cookie: Cookie,
         places: &[&Place],
     ) -> Result<Vec<Links>, Error> {
@@ -893,7 +926,9 @@ impl State {
                     rest.into_iter().partition(|place| place.code == code);
                 let linked = match (&code, self.way) {
                     (Code::Nowhere, _) => Err(Error::Plan("a place of code is nowhere")),
-                    (_, Way::Multi) => self.link_multi(name, when, pid, cookie, &code, &same),
+                    (_, Way::Multi) => {
+                        self.link_multi((name, when), pid, scope, cookie, &code, &same)
+                    }
                     (_, Way::PerfEvent) => self.link_perf_events(name, pid, cookie, &code, &same),
                 };
                 match linked {
@@ -911,13 +946,17 @@ impl State {
 
     fn link_multi(
         &mut self,
-        name: &'static str,
-        when: When,
+        (name, when): (&'static str, When),
         pid: NonZeroU32,
+        scope: Scope,
         cookie: Cookie,
         code: &Code,
         places: &[&Place],
     ) -> Result<Links, Error> {
+        let who = match scope {
+            Scope::Process => pid.get(),
+            Scope::Everybody => 0,
+        };
         let program = match when {
             When::Session => self.session(name),
             When::Entry | When::Return => Some(self.program(name, ProgramType::UprobeMulti)?),
@@ -927,7 +966,7 @@ impl State {
         let offsets: Vec<u64> = places.iter().map(|place| place.offset.0).collect();
         let cookies: Vec<u64> = places.iter().map(|place| at(cookie, place)).collect();
         let link = |offsets: &[u64], cookies: &[u64]| {
-            sys::link_uprobes(program.as_fd(), when, &path, offsets, cookies, pid.get())
+            sys::link_uprobes(program.as_fd(), when, &path, offsets, cookies, who)
         };
         link(&offsets, &cookies)
             .map(Links::Multi)
@@ -977,6 +1016,216 @@ impl State {
             }
         }
         Ok(Links::PerfEvent(links))
+    }
+
+    /// Describes a process, or a pool, under an index and an epoch of its own.
+    fn add_target(&mut self, target: Target) -> Result<(u16, Target), Error> {
+        let free = self.indices.iter().position(|&index| index == Index::Free);
+        let index = free.ok_or(Error::TooManyTargets(self.indices.len() as u32))?;
+        // 0 is no cookie's.
+        self.epoch = self.epoch.checked_add(1).unwrap_or(1);
+        let target = Target {
+            epoch: self.epoch,
+            ..target
+        };
+        self.set_target(index as u16, target)?;
+        self.indices[index] = Index::Used;
+        Ok((index as u16, target))
+    }
+
+    /// With what a process that has this plan may share links; `None` where it
+    /// may not: the links would need the process, or the kernel's process ids
+    /// are not those that leakmon sees.
+    fn pool_key(&mut self, pid: NonZeroU32, plan: &Plan) -> Option<PoolKey> {
+        let namespace = std::fs::metadata("/proc/self/ns/pid").ok()?.ino();
+        if self.way != Way::Multi || namespace != INITIAL_PID_NAMESPACE {
+            return None;
+        }
+        let mut key = Vec::with_capacity(plan.places.len());
+        for place in &plan.places {
+            if matches!(place.role.program().kind, Kind::Tracepoint { .. }) {
+                return None;
+            }
+            let (device, inode) = match &place.code {
+                Code::Nowhere => (0, 0),
+                Code::Executable | Code::File(_) => {
+                    let meta = std::fs::metadata(path(&place.code, pid)).ok()?;
+                    (meta.dev(), meta.ino())
+                }
+            };
+            let role = place.role.index();
+            key.push((device, inode, place.offset.0, role, place.argument));
+        }
+        key.sort_unstable();
+        Some(key)
+    }
+
+    /// Takes a process into a pool; whether it shares links there.
+    fn join(&mut self, key: &PoolKey, pid: u32, index: u16) -> Result<bool, Error> {
+        let pool = self.pools.entry(key.clone()).or_default();
+        if pool.own.len() < OWN_LINKS {
+            pool.own.push(pid);
+            let shared = pool.shared.as_ref().map(|shared| shared.index);
+            if let Some(shared) = shared {
+                self.set_member(shared, pid, 0)?;
+            }
+            return Ok(false);
+        }
+        let own = pool.own.clone();
+        if pool.shared.is_none() {
+            let target = Target {
+                pool: 1,
+                ..Target::default()
+            };
+            let (index, target) = self.add_target(target)?;
+            let pool = self.pools.entry(key.clone()).or_default();
+            pool.shared = Some(Shared::new(index, target.epoch));
+            for pid in own {
+                self.set_member(index, pid, 0)?;
+            }
+        }
+        let shared = self
+            .pools
+            .get_mut(key)
+            .and_then(|pool| pool.shared.as_mut());
+        if let Some(shared) = shared {
+            shared.members.insert(index, Tier::Census);
+        }
+        Ok(true)
+    }
+
+    fn set_member(&mut self, pool: u16, pid: u32, cookie: u64) -> Result<(), Error> {
+        self.members
+            .insert(member_key(pid, pool), cookie, 0)
+            .map_err(map_error("share probes"))
+    }
+
+    /// Takes a process out of its pool. What nobody wants any more is given back,
+    /// to be detached without the lock.
+    fn leave(&mut self, attached: &Attached) -> Vec<(Role, Vec<Links>)> {
+        let Some(key) = &attached.pool else {
+            return Vec::new();
+        };
+        let Some(pool) = self.pools.get_mut(key) else {
+            return Vec::new();
+        };
+        let pid = attached.pid.get();
+        let mut gone = Vec::new();
+        let mut forget = Vec::new();
+        if !attached.shares
+            && let Some(at) = pool.own.iter().position(|&own| own == pid)
+        {
+            pool.own.swap_remove(at);
+        }
+        if let Some(shared) = &mut pool.shared {
+            if attached.shares || !pool.own.contains(&pid) {
+                forget.push(member_key(pid, shared.index));
+            }
+            if attached.shares {
+                shared.members.remove(&attached.index);
+                gone = shared.lower();
+            }
+            if shared.members.is_empty() {
+                let of = |pid: &u32| member_key(*pid, shared.index);
+                forget.extend(pool.own.iter().map(of));
+                let index = shared.index;
+                pool.shared = None;
+                if pool.own.is_empty() {
+                    self.pools.remove(key);
+                }
+                self.free(index, &attached.roles);
+            }
+        } else if pool.own.is_empty() {
+            self.pools.remove(key);
+        }
+        for key in forget {
+            if let Err(error) = self.members.remove(&key) {
+                log::warn!("process {pid}: {error}");
+            }
+        }
+        gone
+    }
+
+    /// Forgets what was counted under an index, which is free then.
+    fn free(&mut self, index: u16, roles: &[Role]) {
+        self.indices[usize::from(index)] = match self.clear(index, roles) {
+            Ok(()) => Index::Free,
+            Err(error) => {
+                log::warn!("what was counted is not forgotten: {error}");
+                Index::Spoilt
+            }
+        };
+    }
+
+    /// The links that a process shares.
+    fn shared(&mut self, attached: &Attached) -> Option<&mut Shared<Vec<Links>>> {
+        let key = attached.pool.as_ref().filter(|_| attached.shares)?;
+        self.pools.get_mut(key)?.shared.as_mut()
+    }
+
+    /// Attaches what of the plan is missing for `tier`, all of it or nothing.
+    fn link_shared(&mut self, attached: &Attached, tier: Tier) -> Result<(), Error> {
+        let Some(shared) = self.shared(attached) else {
+            return Err(Error::Plan("its pool is gone"));
+        };
+        shared.members.insert(attached.index, tier);
+        let (index, epoch, from) = (shared.index, shared.epoch, shared.tier);
+        let cookie = Cookie {
+            target: index,
+            argument: 0,
+            epoch,
+        };
+        let member = Cookie {
+            target: attached.index,
+            argument: 0,
+            epoch: attached.target.epoch,
+        };
+        self.set_member(index, attached.pid.get(), member.pack())?;
+        if tier <= from {
+            return Ok(());
+        }
+        let added = self.link_tiers(attached, Scope::Everybody, cookie, from, tier);
+        match (self.shared(attached), added) {
+            (Some(shared), Ok(mut added)) => {
+                shared.links.append(&mut added);
+                shared.tier = tier;
+                Ok(())
+            }
+            (shared, Err(error)) => {
+                if let Some(shared) = shared {
+                    shared.members.insert(attached.index, attached.tier);
+                }
+                Err(error)
+            }
+            (None, Ok(_)) => Err(Error::Plan("its pool is gone")),
+        }
+    }
+
+    /// Attaches the roles of the tiers above `from` up to `to`, all or none.
+    fn link_tiers(
+        &mut self,
+        attached: &Attached,
+        scope: Scope,
+        cookie: Cookie,
+        from: Tier,
+        to: Tier,
+    ) -> Result<Vec<(Role, Vec<Links>)>, Error> {
+        let mut added = Vec::new();
+        for &role in &attached.roles {
+            if role.tier() <= from || role.tier() > to {
+                continue;
+            }
+            let places = attached.plan.places.iter();
+            let places: Vec<&Place> = places.filter(|place| place.role == role).collect();
+            match self.link(role.program().kind, attached.pid, scope, cookie, &places) {
+                Ok(links) => added.push((role, links)),
+                Err(error) => {
+                    detach(added.into_iter().flat_map(|(_, links)| links).collect());
+                    return Err(error);
+                }
+            }
+        }
+        Ok(added)
     }
 
     fn set_target(&mut self, index: u16, target: Target) -> Result<(), Error> {
@@ -1191,9 +1440,35 @@ pub struct Attached {
     seeded: bool,
     tier: Tier,
     links: Vec<(Role, Vec<Links>)>,
+    /// Who has the same places, where links may be shared.
+    pool: Option<PoolKey>,
+    /// It has no links of its own.
+    shares: bool,
+    /// See [`Attached::leave`].
+    left: bool,
 }
 
 impl Attached {
+    /// With whom it shares its links, if with anybody: those have the same
+    /// number. What one of them attaches all pay for.
+    pub fn pool(&self) -> Option<u32> {
+        let mut state = lock(&self.shared);
+        state.shared(self).map(|shared| shared.epoch)
+    }
+
+    /// Hits of those who share the probes' file and whom nobody watches.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn hits_of_others(&self) -> Result<Hits, Error> {
+        let mut state = lock(&self.shared);
+        match state.shared(self).map(|shared| shared.index) {
+            Some(index) => Ok(state.counters(index, &self.roles)?.0),
+            None => Ok(Hits::default()),
+        }
+    }
+
     /// What is attached now.
     pub fn tier(&self) -> Tier {
         self.tier
@@ -1228,30 +1503,19 @@ impl Attached {
             state.watch(self.pid.get(), cookie)?;
         }
         self.counted = true;
-        let mut added = Vec::new();
-        for &role in &self.roles {
-            if role.tier() <= self.tier || role.tier() > tier {
-                continue;
-            }
-            let places: Vec<&Place> = self
-                .plan
-                .places
-                .iter()
-                .filter(|place| place.role == role)
-                .collect();
-            match state.link(role.program().kind, self.pid, cookie, &places) {
-                Ok(links) => added.push((role, links)),
-                Err(error) => {
-                    if self.tier == Tier::Census && self.has_tracepoints() {
-                        state.unwatch(self.pid.get())?;
-                    }
-                    drop(state);
-                    detach(added.into_iter().flat_map(|(_, links)| links).collect());
-                    return Err(error);
+        let linked = match self.shares {
+            true => state.link_shared(self, tier).map(|()| Vec::new()),
+            false => state.link_tiers(self, Scope::Process, cookie, self.tier, tier),
+        };
+        match linked {
+            Ok(mut added) => self.links.append(&mut added),
+            Err(error) => {
+                if self.tier == Tier::Census && self.has_tracepoints() {
+                    state.unwatch(self.pid.get())?;
                 }
+                return Err(error);
             }
         }
-        self.links.append(&mut added);
         // All of it is attached: count from here on, all roles of a tier at once.
         let now = monotonic();
         if self.tier < Tier::Lifecycle {
@@ -1283,10 +1547,17 @@ impl Attached {
         if tier == Tier::Census && self.has_tracepoints() {
             closed = closed.and(state.unwatch(self.pid.get()));
         }
+        let index = self.index;
+        let mut gone = Vec::new();
+        if let Some(shared) = state.shared(self) {
+            shared.members.insert(index, tier);
+            gone = shared.lower();
+        }
         drop(state);
-        let (gone, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut self.links)
+        let (mut own, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut self.links)
             .into_iter()
             .partition(|(role, _)| role.tier() > tier);
+        gone.append(&mut own);
         self.links = kept;
         self.tier = tier;
         detach(gone.into_iter().flat_map(|(_, links)| links).collect());
@@ -1562,28 +1833,44 @@ impl Attached {
     }
 }
 
+impl Attached {
+    /// Ends the counting at once, and makes room for another one of the same
+    /// process; what is attached is detached when this is dropped, for which the
+    /// kernel takes its time.
+    pub fn leave(&mut self) {
+        if std::mem::replace(&mut self.left, true) {
+            return;
+        }
+        self.target.lifecycle_since = 0;
+        self.target.blocking_since = 0;
+        let mut state = lock(&self.shared);
+        let mut closed = state.set_target(self.index, self.target);
+        if self.tier > Tier::Census && self.has_tracepoints() {
+            closed = closed.and(state.unwatch(self.pid.get()));
+        }
+        let mut gone = state.leave(self);
+        drop(state);
+        self.links.append(&mut gone);
+        if let Err(error) = closed {
+            log::warn!("process {}: {error}", self.pid);
+        }
+    }
+}
+
 impl Drop for Attached {
     fn drop(&mut self) {
+        self.leave();
         let links = std::mem::take(&mut self.links);
         detach(links.into_iter().flat_map(|(_, links)| links).collect());
         let mut state = lock(&self.shared);
-        if self.tier > Tier::Census
-            && self.has_tracepoints()
-            && let Err(error) = state.unwatch(self.pid.get())
-        {
-            log::warn!("process {}: {error}", self.pid);
-        }
-        let cleared = if self.counted || self.seeded {
-            state.clear(self.index, &self.roles)
+        if self.counted || self.seeded {
+            state.free(self.index, &self.roles);
         } else {
-            state.set_target(self.index, Target::default())
-        };
-        state.indices[usize::from(self.index)] = match cleared {
-            Ok(()) => Index::Free,
-            Err(error) => {
-                log::warn!("process {}: {error}", self.pid);
-                Index::Spoilt
-            }
-        };
+            let cleared = state.set_target(self.index, Target::default());
+            state.indices[usize::from(self.index)] = match cleared {
+                Ok(()) => Index::Free,
+                Err(_) => Index::Spoilt,
+            };
+        }
     }
 }

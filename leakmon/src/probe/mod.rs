@@ -14,6 +14,7 @@ mod btf;
 mod budget;
 mod calibrate;
 mod counts;
+mod detaching;
 mod driver;
 mod error;
 mod events;
@@ -21,6 +22,7 @@ mod kernel;
 mod object;
 mod others;
 mod plan;
+mod pool;
 mod registers;
 mod sys;
 
@@ -29,7 +31,8 @@ pub use calibrate::{Cost, calibrate, load};
 pub use counts::{
     Counts, CreationStack, Drops, Hits, KnownTask, KnownThread, TaskRun, ThreadRun, WaitCounts,
 };
-pub use driver::{Driver, Status};
+pub use detaching::settle;
+pub use driver::{Driver, Drivers, Status};
 pub use error::Error;
 pub use events::{ProcessEvent, ProcessEvents};
 pub use kernel::{Attached, Empty, Kernel, Limits, Way};

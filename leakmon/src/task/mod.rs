@@ -424,9 +424,10 @@ pub struct Flow {
 }
 
 /// How much is attached to a process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Tier {
     /// Nothing: the runtime's tables are read.
+    #[default]
     Census,
     /// Spawn and exit.
     Lifecycle,

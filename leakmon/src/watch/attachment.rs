@@ -57,10 +57,14 @@ impl Attachment {
         if let (Some(Tier::Blocking), Some(why)) = (wanted.fixed, &probes.blocking_refused) {
             return Err(WatchError::NoPlaces(why.clone()));
         }
+        let drivers = kernel.drivers();
         let (kernel, cost) = kernel.probing()?;
-        let mut attached = kernel
-            .attach(pid, &probes.plan, Tier::Census)
-            .map_err(|error| WatchError::from(&error))?;
+        let attached = match wanted.fixed {
+            // Whatever it costs, it costs this process alone.
+            Some(_) => kernel.attach(pid, &probes.plan, Tier::Census),
+            None => kernel.join(pid, &probes.plan),
+        };
+        let mut attached = attached.map_err(|error| WatchError::from(&error))?;
         attached
             .know_threads(&tasks.known_threads())
             .map_err(|error| WatchError::from(&error))?;
@@ -69,7 +73,7 @@ impl Attachment {
             None => Governor::governed(*cost, wanted.max_overhead, highest),
         };
         Ok(Attachment::Probing(Box::new(Probing {
-            driver: Driver::start(attached, governor, pid),
+            driver: drivers.start(attached, governor, pid),
             highest: wanted.fixed.map_or(highest, |tier| tier.min(highest)),
             unavailable: probes
                 .blocking_refused

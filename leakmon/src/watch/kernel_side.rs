@@ -2,13 +2,14 @@
 
 use std::sync::OnceLock;
 
-use crate::probe::{self, Cost, Error, Kernel, Limits, ThreadRegisters, Way};
+use crate::probe::{self, Cost, Drivers, Error, Kernel, Limits, ThreadRegisters, Way};
 
 /// Loaded once, when it is first needed or somebody has the time.
 pub struct KernelSide {
     probes: bool,
     /// For probes: proven to fire, and their cost known.
     probing: OnceLock<Result<(Kernel, Cost), Error>>,
+    drivers: Drivers,
     /// For what the kernel tells without a probe in any process.
     reading: OnceLock<Option<Kernel>>,
 }
@@ -28,6 +29,7 @@ impl KernelSide {
         KernelSide {
             probes,
             probing,
+            drivers: Drivers::default(),
             reading: OnceLock::new(),
         }
     }
@@ -46,6 +48,11 @@ impl KernelSide {
     /// What probes need; waits for [`KernelSide::load`].
     pub(super) fn probing(&self) -> Result<&(Kernel, Cost), &Error> {
         self.probing.wait().as_ref()
+    }
+
+    /// What governs what is attached.
+    pub(super) fn drivers(&self) -> &Drivers {
+        &self.drivers
     }
 
     /// What reads from the kernel alone; `None` where that is not permitted or

@@ -514,6 +514,12 @@ pub(crate) fn goroutines(dump: &str) -> Vec<String> {
     dump.split("\n\n").map(without_arguments).collect()
 }
 
+/// Seconds since 1970, as reports tell the time.
+pub(crate) fn now() -> f64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.expect("a clock").as_secs_f64()
+}
+
 /// A line of `--format json`. What is said of the process's first runtime, the
 /// goroutines of a Go program, stands beside what is said of the process.
 #[track_caller]

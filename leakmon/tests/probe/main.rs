@@ -9,7 +9,9 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use leakmon::probe::{Counts, Driver, Governor, Kernel, Limits, Role, Tier, Way, calibrate};
+use leakmon::probe::{
+    Counts, Driver, Drivers, Governor, Kernel, Limits, Role, Tier, Way, calibrate,
+};
 use leakmon::task::SiteFlow;
 use target::Target;
 
@@ -431,7 +433,7 @@ fn govern(kernel: &Kernel, target: &Target, governor: Governor) -> Driver {
     let attached = kernel
         .attach(target.pid(), &target.plan(), Tier::Census)
         .unwrap();
-    Driver::start(attached, governor, target.pid())
+    Drivers::default().start(attached, governor, target.pid())
 }
 
 /// Runs a command over and over; says how often.
