@@ -448,8 +448,18 @@ impl Governor {
     pub fn take_interval(&mut self) -> Interval {
         let sums = std::mem::take(&mut self.interval);
         let share = |part: f64, whole: f64| if whole > 0.0 { part / whole } else { 0.0 };
-        let lifecycle = share(sums.lifecycle, sums.time);
-        let blocking = share(sums.blocking, sums.time);
+        // Without a reading in it, it is as it was at the last one.
+        let of_time = |part: f64, tier: Tier| match sums.time > 0.0 {
+            true => part / sums.time,
+            false => f64::from(u8::from(self.attached >= tier)),
+        };
+        let lifecycle = of_time(sums.lifecycle, Tier::Lifecycle);
+        let blocking = of_time(sums.blocking, Tier::Blocking);
+        let learning = self.last.is_some_and(|last| last.learning);
+        let counted = match sums.time > 0.0 || learning {
+            true => share(sums.counted, sums.time),
+            false => lifecycle,
+        };
         Interval {
             overhead: Overhead {
                 hits: sums.hits,
@@ -465,7 +475,7 @@ impl Governor {
                 },
             },
             lifecycle,
-            counted: share(sums.counted, sums.time),
+            counted,
             blocking,
         }
     }
@@ -667,6 +677,22 @@ mod tests {
             probed += u64::from(target.governor.take_interval().overhead.hits > 0);
         }
         assert!(probed <= 6, "{probed}");
+    }
+
+    #[test]
+    fn an_interval_without_a_reading_is_as_the_last_one_was() {
+        let mut target = Simulation::new(governed(), 2.0, 1000.0, 1000.0);
+        target.run(Duration::from_secs(2));
+        let known = target.governor.take_interval();
+        let empty = target.governor.take_interval();
+        for interval in [known, empty] {
+            let shares = (interval.lifecycle, interval.counted, interval.blocking);
+            assert_eq!(shares, (1.0, 1.0, 1.0));
+            assert_eq!(interval.overhead.attached, 1.0);
+        }
+        assert_eq!(empty.overhead.hits, 0);
+        let mut new = governed();
+        assert_eq!(new.take_interval().overhead.attached, 0.0);
     }
 
     #[test]
