@@ -108,7 +108,7 @@ pub static SCRATCH: PerCpuArray<StackCopy> = PerCpuArray::with_max_entries(1, 0)
 
 /// What became of processes: kind and process id.
 #[map]
-pub static EVENTS: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
+pub static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 
 /// Events that found `EVENTS` full.
 #[map]

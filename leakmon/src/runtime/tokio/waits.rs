@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read as _;
-use std::sync::Arc;
+use std::os::unix::fs::MetadataExt as _;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustc_hash::FxHashMap;
 
@@ -248,11 +250,61 @@ enum Socket {
     UnixDatagram,
 }
 
+/// The sockets of a network namespace, by their inodes.
+#[derive(Debug)]
+struct Table {
+    /// The namespace's own inode.
+    namespace: u64,
+    read_at: Instant,
+    /// How long that took.
+    took: Duration,
+    sockets: FxHashMap<u64, Socket>,
+}
+
+impl Table {
+    /// Whether it still says what is: a machine has many processes, and a table
+    /// with 100,000 sockets takes the kernel 0.1 s.
+    fn is_fresh(&self) -> bool {
+        self.read_at.elapsed() < (20 * self.took).max(Duration::from_secs(1))
+    }
+}
+
+/// The latest table of each namespace. All processes in one have the same.
+static TABLES: Mutex<Vec<Arc<Table>>> = Mutex::new(Vec::new());
+
+/// The table of the namespace of process `pid`, one that was read after `since`
+/// or is fresh otherwise; `None` when the process is gone.
+fn table(pid: u32, since: Option<Instant>) -> Option<Arc<Table>> {
+    let namespace = fs::metadata(format!("/proc/{pid}/ns/net")).ok()?.ino();
+    // A panic leaves the list as it was. The lock is held while a table is read:
+    // nobody else is to read the same meanwhile.
+    let mut tables = TABLES.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = tables.iter().find(|table| table.namespace == namespace);
+    if let Some(known) = known
+        && known.is_fresh()
+        && since.is_none_or(|since| known.read_at >= since)
+    {
+        return Some(Arc::clone(known));
+    }
+    let read_at = Instant::now();
+    let sockets = read_sockets(pid);
+    let table = Arc::new(Table {
+        namespace,
+        read_at,
+        took: read_at.elapsed(),
+        sockets,
+    });
+    tables.retain(|table| table.is_fresh() && table.namespace != namespace);
+    tables.push(Arc::clone(&table));
+    Some(table)
+}
+
 /// The sockets of a process, as `/proc` shows them when one is first asked for.
 #[derive(Debug)]
 pub(super) struct Sockets {
     pid: u32,
-    by_inode: Option<FxHashMap<u64, Socket>>,
+    began: Instant,
+    table: Option<Arc<Table>>,
 }
 
 impl Sockets {
@@ -260,7 +312,8 @@ impl Sockets {
     pub(super) fn new(pid: u32) -> Sockets {
         Sockets {
             pid,
-            by_inode: None,
+            began: Instant::now(),
+            table: None,
         }
     }
 
@@ -281,9 +334,18 @@ impl Sockets {
         let link = fs::read_link(format!("/proc/{}/fd/{fd}", self.pid)).ok()?;
         let inode = link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
         let inode: u64 = inode.parse().ok()?;
-        let pid = self.pid;
-        let sockets = self.by_inode.get_or_insert_with(|| read_sockets(pid));
-        sockets.get(&inode).copied()
+        if self.table.is_none() {
+            self.table = table(self.pid, None);
+        }
+        let known = self.table.as_ref()?;
+        if let Some(socket) = known.sockets.get(&inode) {
+            return Some(*socket);
+        }
+        // It may be newer than a table that was read for another process.
+        if known.read_at < self.began {
+            self.table = table(self.pid, Some(self.began));
+        }
+        self.table.as_ref()?.sockets.get(&inode).copied()
     }
 }
 
