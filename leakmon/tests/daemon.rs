@@ -5,7 +5,7 @@
 
 mod common;
 
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt as _;
@@ -13,90 +13,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Connection, Owned, Running, Started, fixture, leakmon, run, scratch, wait_until};
+use common::daemon::Daemon;
+use common::{Connection, Owned, Running, fixture, leakmon, real, run, scratch, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-
-/// A daemon of the test's own, on a port of its own.
-struct Daemon {
-    child: Started,
-    address: String,
-    folder: tempfile::TempDir,
-}
-
-impl Daemon {
-    /// With these lines in its configuration besides its address.
-    fn start(top: &str, http: &str, rest: &str) -> Daemon {
-        let folder = scratch();
-        let text = format!(
-            "interval = \"1s\"\n{top}\n[http]\nlisten = \"127.0.0.1:0\"\n{http}\n[dumps]\nfolder = \"{}\"\nkeep = 2\n{rest}\n",
-            folder.path().join("dumps").display()
-        );
-        let config = folder.path().join("leakmon.toml");
-        std::fs::write(&config, text).expect("a configuration");
-        let child = Started::start(leakmon(["daemon", "--config"]).arg(&config));
-        let line = child.wait_for_line();
-        let address = line.trim().strip_prefix("listening on ");
-        let address = address.unwrap_or_else(|| panic!("{line}")).to_owned();
-        let daemon = Daemon {
-            child,
-            address,
-            folder,
-        };
-        wait_until("it has read the processes", || {
-            daemon
-                .raw("GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                .starts_with("HTTP/1.1 200")
-        });
-        daemon
-    }
-
-    fn config(&self) -> PathBuf {
-        self.folder.path().join("leakmon.toml")
-    }
-
-    #[track_caller]
-    fn get(&self, path: &str) -> String {
-        let mut connection = Connection::open(&self.address).expect("a connection");
-        connection.get(path)
-    }
-
-    #[track_caller]
-    fn json(&self, path: &str) -> Value {
-        let text = self.get(path);
-        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
-    }
-
-    /// What it answers to these bytes until it closes the connection.
-    fn raw(&self, request: &str) -> String {
-        let address: SocketAddr = self.address.parse().expect("an address");
-        let mut stream = TcpStream::connect(address).expect("a connection");
-        stream
-            .set_read_timeout(Some(common::LIMIT))
-            .expect("a limit");
-        // It may close before it has read all.
-        let _ = stream.write_all(request.as_bytes());
-        let mut answer = Vec::new();
-        let mut buffer = [0; 4096];
-        loop {
-            match stream.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(len) => answer.extend_from_slice(&buffer[..len]),
-                Err(error) if error.kind() == ErrorKind::ConnectionReset => break,
-                Err(error) => panic!("{error}"),
-            }
-        }
-        String::from_utf8_lossy(&answer).into_owned()
-    }
-
-    /// The value of a metric of a process.
-    fn metric(&self, name: &str, pid: u32) -> Option<f64> {
-        let start = format!("{name}{{pid=\"{pid}\"");
-        let text = self.get("/metrics");
-        let line = text.lines().find(|line| line.starts_with(&start))?;
-        line.rsplit(' ').next()?.parse().ok()
-    }
-}
 
 /// A server with an endpoint of its own to compare with.
 struct Sum {
@@ -515,20 +435,9 @@ fn names_that_are_meant_to_break_something() {
     );
 }
 
-/// Debian's Prometheus, unpacked.
-fn prometheus(name: &str) -> Option<PathBuf> {
-    let folder = std::env::var_os("LEAKMON_REAL").map(PathBuf::from);
-    let path = folder?.join(name);
-    if !path.exists() {
-        eprintln!("there is no {}: it is not tested", path.display());
-        return None;
-    }
-    Some(path)
-}
-
 #[test]
 fn promtool_finds_nothing_wrong() {
-    let Some(promtool) = prometheus("promtool") else {
+    let Some(promtool) = real("promtool") else {
         return;
     };
     let rules = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/prometheus-rules.yml");
@@ -581,7 +490,7 @@ fn promtool_finds_nothing_wrong() {
 
 #[test]
 fn a_real_prometheus_sees_the_leak_and_alerts() {
-    let Some(server) = prometheus("prometheus") else {
+    let Some(server) = real("prometheus") else {
         return;
     };
     let Some(mut sum) = sum() else { return };

@@ -20,7 +20,7 @@ pub(crate) fn run() -> Result<()> {
     })?;
     let built = fixtures::build(&go, &fixtures::Options::default())?;
     fixtures::require_all(&built)?;
-    let programs = step("real programs", real::ensure)?;
+    let programs = step("real programs", || real::ensure(&go))?;
     setup::build_leakmon()?;
     step("lints", || {
         setup::cargo()

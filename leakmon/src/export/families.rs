@@ -385,7 +385,7 @@ fn seconds(histogram: &Histogram) -> Value {
 }
 
 /// A label's value, from a process's own words.
-fn bounded(text: &str) -> Arc<str> {
+pub(super) fn bounded(text: &str) -> Arc<str> {
     let mut end = text.len().min(MAX_VALUE);
     while !text.is_char_boundary(end) {
         end -= 1;

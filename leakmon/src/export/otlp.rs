@@ -30,7 +30,7 @@ use prost::Message as _;
 use tokio::sync::watch;
 use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 
-use super::families::{self, Family, Kind, Point, Value};
+use super::families::{self, Family, Kind, Point, Value, bounded};
 use crate::config::{Otlp, Protocol};
 use crate::watch::system::{ProcessSnapshot, Snapshot};
 
@@ -295,12 +295,11 @@ pub fn request(snapshot: &Snapshot, families: Vec<Family>) -> ExportMetricsServi
     };
     let resources = by_process.into_iter().map(|(process, metrics)| {
         let process = process.and_then(|index| snapshot.processes.get(index));
-        let mut attributes = match process {
-            Some(process) => attributes(process),
-            None => vec![text("service.name", "leakmon")],
-        };
-        if let Some(host) = &host {
-            attributes.push(text("host.name", host));
+        let mut attributes: Vec<KeyValue> =
+            host.iter().map(|host| text("host.name", host)).collect();
+        match process {
+            Some(process) => describe(process, &mut attributes),
+            None => attributes.push(text("service.name", "leakmon")),
         }
         ResourceMetrics {
             resource: Some(Resource {
@@ -320,27 +319,27 @@ pub fn request(snapshot: &Snapshot, families: Vec<Family>) -> ExportMetricsServi
     }
 }
 
-/// What OpenTelemetry's semantic conventions call the parts of a process.
-fn attributes(process: &ProcessSnapshot) -> Vec<KeyValue> {
+/// Adds what OpenTelemetry's semantic conventions call the parts of a process, and
+/// what it says of itself beyond that.
+fn describe(process: &ProcessSnapshot, attributes: &mut Vec<KeyValue>) {
     let row = &process.row;
-    let mut attributes = vec![
+    attributes.extend([
         int("process.pid", i64::from(row.pid)),
-        text("process.executable.name", &row.name),
-        text("process.owner", &row.user),
-    ];
+        text("process.executable.name", &bounded(&row.name)),
+        text("process.owner", &bounded(&row.user)),
+    ]);
     for (key, value) in [
         ("service.name", process.service.as_deref()),
         ("container.id", process.placement.container.as_deref()),
         ("k8s.pod.uid", process.placement.pod.as_deref()),
     ] {
-        attributes.extend(value.map(|value| text(key, value)));
+        attributes.extend(value.map(|value| text(key, &bounded(value))));
     }
     for (key, value) in &process.attributes {
         if attributes.iter().all(|known| known.key != *key) {
-            attributes.push(text(key, value));
+            attributes.push(text(key, &bounded(value)));
         }
     }
-    attributes
 }
 
 /// Labels that are attributes of the resource.

@@ -8,6 +8,8 @@
 // Each test binary uses another part.
 #![allow(dead_code)]
 
+pub(crate) mod daemon;
+
 use std::ffi::OsStr;
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::TcpStream;
@@ -91,6 +93,18 @@ pub(crate) fn fixture(program: &str, variant: &str) -> Option<Fixture> {
     let found = at_hand.map(|index| found.remove(index)).or(found.pop());
     if found.is_none() {
         eprintln!("there is no fixture {variant}/{program}: it is not tested");
+    }
+    found
+}
+
+/// A program that nobody here wrote, by name, in the folder that `LEAKMON_REAL`
+/// names; `None`, which says so, where there is none.
+pub(crate) fn real(name: &str) -> Option<PathBuf> {
+    let folder = std::env::var_os("LEAKMON_REAL").map(PathBuf::from);
+    let found = folder.map(|folder| folder.join(name));
+    let found = found.filter(|path| path.exists());
+    if found.is_none() {
+        eprintln!("LEAKMON_REAL has no {name}: it is not tested");
     }
     found
 }
