@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
@@ -597,4 +598,218 @@ fn capabilities_are_dropped() {
         // CAP_DAC_READ_SEARCH 2, CAP_SYS_PTRACE 19, CAP_PERFMON 38, CAP_BPF 39.
         assert_eq!(bits & !(1 << 2 | 1 << 19 | 1 << 38 | 1 << 39), 0, "{line}");
     }
+}
+
+/// Sockets that a process has open.
+fn sockets(pid: u32) -> usize {
+    let files = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("its files");
+    let links = files.filter_map(|file| std::fs::read_link(file.ok()?.path()).ok());
+    links
+        .filter(|link| link.to_string_lossy().starts_with("socket:"))
+        .count()
+}
+
+/// Its resident memory, in bytes.
+fn resident(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("its status");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kib.expect("its memory") << 10
+}
+
+/// One that says nothing, a part, or little at a time, does not read, or asks again
+/// and again.
+async fn hostile(address: SocketAddr, kind: usize) -> std::io::Result<()> {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    const REQUEST: &[u8] = b"GET /processes HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let mut stream = tokio::net::TcpStream::connect(address).await?;
+    let mut buffer = [0; 4096];
+    match kind % 5 {
+        0 => {}
+        1 => stream.write_all(&REQUEST[..10]).await?,
+        2 => {
+            for byte in REQUEST {
+                stream.write_all(&[*byte]).await?;
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+        }
+        3 => {
+            stream.write_all(REQUEST).await?;
+            tokio::time::sleep(Duration::from_secs(60)).await;
+        }
+        _ => loop {
+            stream.write_all(REQUEST).await?;
+            if stream.read(&mut buffer).await? == 0 {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        },
+    }
+    while stream.read(&mut buffer).await? > 0 {}
+    Ok(())
+}
+
+/// Ten thousand who mean no good: what they take of leakmon is bounded, and who asks
+/// whether it is well is told.
+#[test]
+fn ten_thousand_connections() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    const CLIENTS: usize = 10_000;
+    const CONNECTIONS: usize = 64;
+    if common::fixtures().is_none() {
+        return;
+    }
+    let daemon = Daemon::start("", &format!("connections = {CONNECTIONS}"), "");
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("a limit");
+    let wanted = CLIENTS as u64 + 2000;
+    setrlimit(Resource::RLIMIT_NOFILE, wanted, hard.max(wanted)).expect("more files");
+    let address: SocketAddr = daemon.address.parse().expect("an address");
+    let pid = daemon.child.pid();
+    assert!(!daemon.get("/processes").is_empty());
+    let (memory, open) = (resident(pid), sockets(pid));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    for kind in 0..CLIENTS {
+        runtime.spawn(async move {
+            loop {
+                // Whatever becomes of it, there is another one.
+                let _ = hostile(address, kind).await;
+                tokio::time::sleep(Duration::from_secs(2)).await;
+            }
+        });
+    }
+    let until = Instant::now() + Duration::from_secs(15);
+    let mut answers: BTreeMap<String, usize> = BTreeMap::new();
+    let mut longest = Duration::ZERO;
+    while Instant::now() < until {
+        let asked = Instant::now();
+        let answer =
+            daemon.raw("GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        longest = longest.max(asked.elapsed());
+        let status = answer.lines().next().unwrap_or_default().to_owned();
+        *answers.entry(status).or_default() += 1;
+        let (now, grown) = (sockets(pid), resident(pid).saturating_sub(memory));
+        // One comes while another goes.
+        assert!(
+            now <= open + CONNECTIONS + 8,
+            "{now} sockets, {open} before"
+        );
+        assert!(grown < 64 << 20, "{grown} bytes more than {memory}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    eprintln!("{answers:?}, the longest after {longest:?}");
+    let good = answers.get("HTTP/1.1 200 OK").copied().unwrap_or(0);
+    let refused = answers
+        .get("HTTP/1.1 503 Service Unavailable")
+        .copied()
+        .unwrap_or(0);
+    assert_eq!(
+        good + refused,
+        answers.values().sum::<usize>(),
+        "{answers:?}"
+    );
+    assert!(good > 0, "{answers:?}");
+    runtime.shutdown_background();
+    wait_until("they are gone", || sockets(pid) <= open);
+    assert_eq!(daemon.get("/healthz"), "ok\n");
+}
+
+/// Whoever asks for a dump and does not take it holds up nobody, takes no more
+/// memory than there is for all, and is sent away.
+#[test]
+fn dumps_that_nobody_takes() {
+    let Some(holder) = fixture("holder", "plain") else {
+        return;
+    };
+    let target = Running::command(Command::new(&holder.path).args(["-n", "150000"]));
+    let pid = target.pid();
+    let daemon = Daemon::start("", "connections = 12\ntimeout = \"15s\"", "");
+    wait_until("it is read", || {
+        daemon.metric("go_goroutine_count", pid).is_some()
+    });
+    let address: SocketAddr = daemon.address.parse().expect("an address");
+    let ask = |path: &str| {
+        let mut stream = TcpStream::connect(address).expect("a connection");
+        stream
+            .set_read_timeout(Some(common::LIMIT))
+            .expect("a limit");
+        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
+        stream.write_all(request.as_bytes()).expect("a request");
+        let mut status = [0; 12];
+        stream.read_exact(&mut status).expect("an answer");
+        (stream, String::from_utf8_lossy(&status[9..]).into_owned())
+    };
+    let dump = format!("/processes/{pid}/stacks?format=debug2");
+    let counted = format!("/processes/{pid}/stacks?format=debug1");
+    let (memory, open) = (resident(daemon.child.pid()), sockets(daemon.child.pid()));
+    // Of some 27 MB each, and 192 MiB are there for all.
+    let mut slow = Vec::new();
+    loop {
+        let (stream, status) = ask(&dump);
+        if status == "503" {
+            break;
+        }
+        assert_eq!(status, "200");
+        slow.push(stream);
+        assert!(slow.len() <= 8, "they take more than there is");
+    }
+    assert!(slow.len() > 2, "{} have taken all", slow.len());
+    let taken = resident(daemon.child.pid()).saturating_sub(memory);
+    assert!(taken < 320 << 20, "{taken} bytes");
+    assert!(
+        daemon
+            .get(&counted)
+            .contains("goroutine profile: total 15000")
+    );
+    wait_until("they are sent away", || sockets(daemon.child.pid()) <= open);
+    assert_eq!(ask(&dump).1, "200");
+    for mut stream in slow {
+        let mut taken = Vec::new();
+        let end = stream.read_to_end(&mut taken);
+        let head = String::from_utf8_lossy(&taken[..500.min(taken.len())]).to_ascii_lowercase();
+        let (_, len) = head.split_once("content-length: ").expect("a length");
+        let len: usize = len
+            .lines()
+            .next()
+            .and_then(|len| len.parse().ok())
+            .expect("a length");
+        assert!(
+            taken.len() < len && len > 20_000_000,
+            "{end:?}: {} of {len}",
+            taken.len()
+        );
+    }
+}
+
+/// Where every connection is being answered, a new one is told so.
+#[test]
+fn no_place_is_a_clear_answer() {
+    let Some(holder) = fixture("holder", "plain") else {
+        return;
+    };
+    let target = Running::command(Command::new(&holder.path).args(["-n", "150000"]));
+    let pid = target.pid();
+    let daemon = Daemon::start("", "connections = 1\ntimeout = \"15s\"", "");
+    wait_until("it is read", || {
+        daemon.metric("go_goroutine_count", pid).is_some()
+    });
+    let mut slow = TcpStream::connect(&daemon.address).expect("a connection");
+    let request = format!("GET /processes/{pid}/stacks HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    slow.write_all(request.as_bytes()).expect("a request");
+    let mut first = [0; 12];
+    slow.read_exact(&mut first).expect("an answer");
+    assert_eq!(&first, b"HTTP/1.1 200");
+    let health = "GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+    let answer = daemon.raw(health);
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+    assert!(
+        answer.ends_with("are being answered: ask again\n"),
+        "{answer}"
+    );
+    wait_until("it is sent away", || {
+        daemon.raw(health).starts_with("HTTP/1.1 200")
+    });
 }

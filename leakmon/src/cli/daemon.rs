@@ -16,8 +16,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch as latest;
 
 use crate::config::{Config, Dumps};
-use crate::export::http;
 use crate::export::otlp::{self, Sendings};
+use crate::export::{connection, http};
 use crate::process::identity::Process;
 use crate::report::stacks::Format;
 use crate::report::{json, overview};
@@ -113,14 +113,10 @@ pub fn run(args: &DaemonArgs) -> Result<Exit, Failure> {
     println!("listening on {bound}");
     let ended = runtime.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener).map_err(failed)?;
+        let time = config.http.timeout;
+        let router = http::router(shared, time);
         let connections = config.http.connections;
-        tokio::spawn(http::serve(
-            listener,
-            tls,
-            connections,
-            config.http.timeout,
-            Arc::clone(&shared),
-        ));
+        tokio::spawn(connection::serve(listener, tls, connections, time, router));
         let sending = config.otlp.clone().zip(sendings);
         let sender = sending.map(|(otlp, sendings)| {
             let snapshots = snapshots.clone();

@@ -2,9 +2,10 @@
 //! endpoint.
 //!
 //! It is read-only, and whoever asks cannot make leakmon work without bounds:
-//! connections, their time, the size of a request and the dumps that are taken at
-//! once are limited.
+//! connections, their time, the size of a request ([`connection`](super::connection)),
+//! the dumps that are taken at once and the memory of answers are limited.
 
+use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::path::Path;
@@ -19,17 +20,11 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full};
-use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde::Deserialize;
 use subtle::ConstantTimeEq as _;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
 
 use super::otlp::Sendings;
@@ -43,18 +38,6 @@ use crate::watch::KernelSide;
 use crate::watch::dump::{DumpError, Dumped};
 use crate::watch::system::{ProcessSnapshot, Snapshot};
 
-/// Most bytes of a request's head.
-const MAX_HEAD: usize = 16 << 10;
-
-/// Most header lines of a request.
-const MAX_HEADERS: usize = 64;
-
-/// How long a client may take for a request's head, and for TLS.
-const HEAD_TIME: Duration = Duration::from_secs(5);
-
-/// How long a connection may last in all, however busy.
-const CONNECTION_TIME: Duration = Duration::from_secs(600);
-
 /// How old a reading may be beyond ten intervals: one of many processes, or of a
 /// large one, takes its time.
 const STALE: Duration = Duration::from_secs(60);
@@ -62,8 +45,12 @@ const STALE: Duration = Duration::from_secs(60);
 /// Dumps that are taken at once.
 const DUMPS: usize = 2;
 
-/// Most bytes of a dump: of a million goroutines it has some 500 MB.
-const MAX_DUMP: usize = 256 << 20;
+/// Most bytes of all answers that are being written or sent. One dump of a million
+/// goroutines has some 500 MB: it is taken with `leakmon stacks`.
+const MAX_ANSWERS: usize = 192 << 20;
+
+/// What an answer takes of them at once, at least.
+const STEP: usize = 64 << 10;
 
 /// What all requests share.
 pub struct Shared {
@@ -84,6 +71,8 @@ pub struct Shared {
     /// page out of the web must not reach it by a name of its own.
     local: bool,
     dumps: Arc<Semaphore>,
+    /// Bytes that answers may still take, in [`STEP`]s.
+    answers: Arc<Semaphore>,
     /// A reading that is older says that nobody reads any more.
     stale_after: Duration,
     started: Instant,
@@ -114,6 +103,7 @@ impl Shared {
             token,
             local: config.listen.ip().to_canonical().is_loopback(),
             dumps: Arc::new(Semaphore::new(DUMPS)),
+            answers: Arc::new(Semaphore::new(MAX_ANSWERS / STEP)),
             stale_after: STALE + interval * 10,
             started: Instant::now(),
         })
@@ -185,71 +175,8 @@ pub fn tls(config: &Http) -> io::Result<Option<TlsAcceptor>> {
     Ok(Some(TlsAcceptor::from(Arc::new(config))))
 }
 
-/// Answers requests for ever. Connections beyond `connections` wait in the
-/// kernel's queue.
-pub async fn serve(
-    listener: TcpListener,
-    tls: Option<TlsAcceptor>,
-    connections: usize,
-    request_time: Duration,
-    shared: Arc<Shared>,
-) {
-    let router = router(shared, request_time);
-    let free = Arc::new(Semaphore::new(connections));
-    loop {
-        // It is never closed.
-        let Ok(permit) = Arc::clone(&free).acquire_owned().await else {
-            return;
-        };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::debug!("accepting a connection: {error}");
-                // Out of file descriptors, as a rule.
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
-            }
-        };
-        let router = router.clone();
-        let tls = tls.clone();
-        tokio::spawn(async move {
-            let answered = tokio::time::timeout(CONNECTION_TIME, connection(stream, tls, router));
-            if let Ok(Err(error)) = answered.await {
-                tracing::debug!("a connection: {error}");
-            }
-            drop(permit);
-        });
-    }
-}
-
-type Failed = Box<dyn std::error::Error + Send + Sync>;
-
-async fn connection(
-    stream: TcpStream,
-    tls: Option<TlsAcceptor>,
-    router: Router,
-) -> Result<(), Failed> {
-    match tls {
-        None => talk(stream, router).await,
-        Some(tls) => {
-            let stream = tokio::time::timeout(HEAD_TIME, tls.accept(stream)).await??;
-            talk(stream, router).await
-        }
-    }
-}
-
-async fn talk<S: AsyncRead + AsyncWrite + Unpin>(stream: S, router: Router) -> Result<(), Failed> {
-    http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIME)
-        .max_buf_size(MAX_HEAD)
-        .max_headers(MAX_HEADERS)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
-        .await?;
-    Ok(())
-}
-
-fn router(shared: Arc<Shared>, request_time: Duration) -> Router {
+/// What answers requests, each within `request_time`.
+pub fn router(shared: Arc<Shared>, request_time: Duration) -> Router {
     Router::new()
         .route("/", get(|| page("text/html; charset=utf-8", PAGE)))
         .route(
@@ -421,25 +348,101 @@ async fn metrics(
         .get(header::ACCEPT)
         .and_then(|value| value.to_str().ok());
     let format = prometheus::Format::wanted(accept.unwrap_or(""));
-    let mut text = String::new();
     let families = families::of(&snapshot, shared.top_sites, shared.sendings.as_deref());
-    prometheus::write(families, format, &mut text)
-        .map_err(|_| Refused(StatusCode::INTERNAL_SERVER_ERROR, "no metrics".to_owned()))?;
-    let kind = [(header::CONTENT_TYPE, format.content_type())];
-    Ok((kind, text).into_response())
+    let mut answer = Answer::new(&shared);
+    prometheus::write(families, format, &mut answer).map_err(|_| too_much())?;
+    Ok(answer.respond(format.content_type()))
 }
 
-fn json_of(write: impl FnOnce(&mut dyn io::Write) -> io::Result<()>) -> Result<Response, Refused> {
-    let mut out = Vec::new();
-    write(&mut out)
-        .map_err(|error| Refused(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
-    let kind = [(header::CONTENT_TYPE, "application/json")];
-    Ok((kind, out).into_response())
+fn json_of(
+    shared: &Shared,
+    write: impl FnOnce(&mut dyn io::Write) -> io::Result<()>,
+) -> Result<Response, Refused> {
+    let mut answer = Answer::new(shared);
+    // Nothing else goes wrong when memory is written to.
+    write(&mut answer).map_err(|_| too_much())?;
+    Ok(answer.respond("application/json"))
+}
+
+fn too_much() -> Refused {
+    let why = "as much as may be at once is being sent: ask again, or take less";
+    Refused(StatusCode::SERVICE_UNAVAILABLE, why.to_owned())
+}
+
+/// An answer while it is written and until it has been sent: what it takes of the
+/// memory of all.
+struct Answer {
+    bytes: Vec<u8>,
+    answers: Arc<Semaphore>,
+    taken: Option<OwnedSemaphorePermit>,
+}
+
+impl Answer {
+    fn new(shared: &Shared) -> Answer {
+        Answer {
+            bytes: Vec::new(),
+            answers: Arc::clone(&shared.answers),
+            taken: None,
+        }
+    }
+
+    fn push(&mut self, bytes: &[u8]) -> Option<()> {
+        let room = self.bytes.capacity() - self.bytes.len();
+        if room < bytes.len() {
+            // More at once than is needed, so that large ones are not moved often.
+            let more = (bytes.len() - room).max(self.bytes.capacity() / 4);
+            let steps = more.div_ceil(STEP);
+            let permits = u32::try_from(steps).ok()?;
+            let permit = Arc::clone(&self.answers).try_acquire_many_owned(permits);
+            let permit = permit.ok()?;
+            match &mut self.taken {
+                Some(taken) => taken.merge(permit),
+                None => self.taken = Some(permit),
+            }
+            self.bytes.reserve_exact(room + steps * STEP);
+        }
+        self.bytes.extend_from_slice(bytes);
+        Some(())
+    }
+
+    fn respond(self, kind: &'static str) -> Response {
+        // The bytes go when the last of them has been sent, and with them what they
+        // took.
+        let body = Body::from(Bytes::from_owner(self));
+        ([(header::CONTENT_TYPE, kind)], body).into_response()
+    }
+}
+
+impl AsRef<[u8]> for Answer {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl io::Write for Answer {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.push(bytes) {
+            Some(()) => Ok(bytes.len()),
+            None => Err(io::ErrorKind::OutOfMemory.into()),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl fmt::Write for Answer {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.push(text.as_bytes()).ok_or(fmt::Error)
+    }
 }
 
 async fn processes(State(shared): State<Arc<Shared>>) -> Result<Response, Refused> {
     let snapshot = shared.latest()?;
-    json_of(|out| overview::write_json(&snapshot.overview(), usize::MAX, out))
+    json_of(&shared, |out| {
+        overview::write_json(&snapshot.overview(), usize::MAX, out)
+    })
 }
 
 /// The process of a request.
@@ -465,7 +468,7 @@ async fn process(
     let snapshot = shared.latest()?;
     let process = find(&snapshot, &pid)?;
     match &process.report {
-        Some(report) => json_of(|out| json::write(report, None, out)),
+        Some(report) => json_of(&shared, |out| json::write(report, None, out)),
         None => Err(unread(process)),
     }
 }
@@ -519,7 +522,7 @@ async fn past(
             tasks: past.tasks,
         })
         .collect();
-    json_of(|out| Ok(serde_json::to_writer(out, &points)?))
+    json_of(&shared, |out| Ok(serde_json::to_writer(out, &points)?))
 }
 
 /// A site by its id: everything that its report has.
@@ -530,11 +533,13 @@ async fn site(
     let snapshot = shared.latest()?;
     let process = find(&snapshot, &pid)?;
     let report = process.report.as_ref().ok_or_else(|| unread(process))?;
-    let mut out = Vec::new();
-    let found = json::write_site(report, &site, &mut out)
-        .map_err(|error| Refused(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
+    let mut found = false;
+    let answer = json_of(&shared, |out| {
+        found = json::write_site(report, &site, out)?;
+        Ok(())
+    })?;
     match found {
-        true => json_of(|answer| answer.write_all(&out)),
+        true => Ok(answer),
         false => Err(Refused(StatusCode::NOT_FOUND, "no such site".to_owned())),
     }
 }
@@ -585,52 +590,33 @@ async fn stacks(
     };
     let reader = Arc::clone(&shared);
     let read = tokio::task::spawn_blocking(move || {
-        let process = Process::open(pid).map_err(|error| error.to_string())?;
+        // Whoever asked may be gone: the place is taken until this ends.
+        let _permit = permit;
+        let conflict = |why: String| Refused(StatusCode::CONFLICT, why);
+        let process = Process::open(pid).map_err(|error| conflict(error.to_string()))?;
         if process.identity.start_time != start_time {
-            return Err(format!("pid {pid}: is another process now"));
+            return Err(conflict(format!("pid {pid}: is another process now")));
         }
         let kernel = Arc::clone(&reader.kernel);
-        let failed = |error: DumpError| format!("{}: {error}", process.identity.describe());
+        let failed =
+            |error: DumpError| conflict(format!("{}: {error}", process.identity.describe()));
         let dumped = Dumped::read(&process, runtime, kernel, &reader.cache).map_err(failed)?;
-        let mut out = Limited(Vec::new());
-        dumped
-            .write(format, &mut out)
-            .map_err(|error| error.to_string())?;
-        // Whoever asked may be gone: the place is taken until this ends.
-        Ok((out.0, permit))
+        let mut answer = Answer::new(&reader);
+        let written = dumped.write(format, &mut answer);
+        written.map_err(|error| match error.kind() {
+            io::ErrorKind::OutOfMemory => {
+                let why = "too large for what may be sent at once: take it with `leakmon stacks`";
+                Refused(StatusCode::SERVICE_UNAVAILABLE, why.to_owned())
+            }
+            _ => conflict(error.to_string()),
+        })?;
+        Ok(answer)
     });
     match read.await {
-        Ok(Ok((text, permit))) => {
-            // And until it has been sent, for so long it takes its memory.
-            let body = Full::new(Bytes::from(text)).map_frame(move |frame| {
-                let _held = &permit;
-                frame
-            });
-            Ok(([(header::CONTENT_TYPE, kind)], Body::new(body)).into_response())
-        }
-        Ok(Err(why)) => Err(Refused(StatusCode::CONFLICT, why)),
+        Ok(answer) => Ok(answer?.respond(kind)),
         Err(_) => Err(Refused(
             StatusCode::INTERNAL_SERVER_ERROR,
             "the dump failed by an error of leakmon's own".to_owned(),
         )),
-    }
-}
-
-/// Memory that does not grow for ever.
-struct Limited(Vec<u8>);
-
-impl io::Write for Limited {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.0.len() + bytes.len() > MAX_DUMP {
-            return Err(io::Error::other(
-                "the dump is larger than 256 MiB: take it with `leakmon stacks`",
-            ));
-        }
-        self.0.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }

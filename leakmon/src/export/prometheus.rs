@@ -43,7 +43,7 @@ impl Format {
 ///
 /// # Errors
 /// Of `out`.
-pub fn write(families: Vec<Family>, format: Format, out: &mut String) -> fmt::Result {
+pub fn write(families: Vec<Family>, format: Format, out: &mut impl fmt::Write) -> fmt::Result {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(Families(families)));
     match format {
