@@ -5,10 +5,10 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt as _, PermissionsExt};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -597,6 +597,120 @@ fn capabilities_are_dropped() {
             u64::from_str_radix(line.split_whitespace().nth(1).expect("bits"), 16).expect("bits");
         // CAP_DAC_READ_SEARCH 2, CAP_SYS_PTRACE 19, CAP_PERFMON 38, CAP_BPF 39.
         assert_eq!(bits & !(1 << 2 | 1 << 19 | 1 << 38 | 1 << 39), 0, "{line}");
+    }
+}
+
+/// Bytes of its code that a process does not have as its file has them.
+fn changed_code(pid: u32) -> usize {
+    let maps = std::fs::read(format!("/proc/{pid}/maps")).expect("its mappings");
+    let mappings = leakmon::process::maps::executable(&maps);
+    let program = std::fs::read_link(format!("/proc/{pid}/exe")).expect("its program");
+    let file = std::fs::read(format!("/proc/{pid}/exe")).expect("its file");
+    let memory = std::fs::File::open(format!("/proc/{pid}/mem")).expect("its memory");
+    let mut changed = 0;
+    for mapping in &mappings {
+        if Path::new(&mapping.name) != program {
+            continue;
+        }
+        let mut code = vec![0; (mapping.end - mapping.start) as usize];
+        let read = memory.read_exact_at(&mut code, mapping.start);
+        read.expect("its code");
+        let pairs = code.iter().zip(&file[mapping.offset as usize..]);
+        changed += pairs.filter(|(now, file)| now != file).count();
+    }
+    changed
+}
+
+/// What a process has in the kernel: the ids of its BPF programs and links.
+fn in_the_kernel(pid: u32) -> (BTreeSet<u32>, BTreeSet<u32>) {
+    let (mut programs, mut links) = (BTreeSet::new(), BTreeSet::new());
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fdinfo")).expect("its files") {
+        let text = std::fs::read_to_string(entry.expect("a file").path()).unwrap_or_default();
+        for line in text.lines() {
+            let Some((key, value)) = line.split_once(':') else {
+                continue;
+            };
+            let id = value.trim().parse::<u32>();
+            match key {
+                "prog_id" => programs.extend(id),
+                "link_id" => links.extend(id),
+                _ => {}
+            }
+        }
+    }
+    (programs, links)
+}
+
+/// Killed, it leaves no probe in the kernel, and every target goes on; another one
+/// takes up where it was.
+#[test]
+fn killed_it_leaves_nothing() {
+    let Some(churner) = fixture("churner", "plain") else {
+        return;
+    };
+    let tokio = common::fixtures().map(|folder| folder.join("tokio-1.54/release/zoo"));
+    let tokio = tokio.filter(|path| path.exists()).expect("a fixture");
+    // By names of their own, which no other test's daemon has a rule for.
+    let folder = scratch();
+    let copy = |path: &Path, name: &str| {
+        let copied = folder.path().join(name);
+        std::fs::copy(path, &copied).expect("a copy");
+        std::fs::canonicalize(copied).expect("the copy")
+    };
+    let churner = copy(&churner.path, "to-go-on");
+    let mut targets: Vec<Running> = (0..3).map(|_| Running::start(&churner)).collect();
+    let mut zoo = Running::start(&copy(&tokio, "to-go-on-too"));
+    let pids: Vec<u32> = targets
+        .iter()
+        .map(Running::pid)
+        .chain([zoo.pid()])
+        .collect();
+    assert!(pids.iter().all(|pid| changed_code(*pid) == 0));
+    let rules = "[[rules]]\nexecutable = \"*/to-go-on*\"\nwatch = \"blocking\"\n";
+    let attached = |daemon: &Daemon| {
+        wait_until("probes are attached", || {
+            let attached = |pid| daemon.metric("leakmon_task_spawned_total", pid).is_some();
+            pids.iter().all(|pid| attached(*pid))
+        });
+    };
+    let daemon = Daemon::start("", "", rules);
+    attached(&daemon);
+    assert!(pids.iter().all(|pid| changed_code(*pid) > 0));
+    let (programs, links) = in_the_kernel(daemon.child.pid());
+    assert!(!programs.is_empty() && !links.is_empty());
+    let left = || {
+        let loaded = aya::programs::loaded_programs().filter_map(|info| Some(info.ok()?.id()));
+        let linked = aya::programs::loaded_links().filter_map(|info| Some(info.ok()?.id()));
+        let programs = loaded.filter(|id| programs.contains(id)).count();
+        (programs, linked.filter(|id| links.contains(id)).count())
+    };
+    assert_eq!(left(), (programs.len(), links.len()));
+    // In the middle of it.
+    for target in &mut targets {
+        target.tell("churn 20000");
+    }
+    zoo.tell("churn 20000");
+    std::thread::sleep(Duration::from_millis(50));
+    daemon.child.signal(Signal::SIGKILL);
+    assert_eq!(daemon.child.finish().code, None);
+    wait_until("nothing is left in the kernel", || left() == (0, 0));
+    wait_until("the code is its own again", || {
+        pids.iter().all(|pid| changed_code(*pid) == 0)
+    });
+    for target in &mut targets {
+        assert!(target.line().contains("spawned=20000 exited=20000"));
+        assert!(target.ask("waits 2 2").contains("waits=4"));
+    }
+    assert_eq!(zoo.line(), "churned total=20000");
+    let daemon = Daemon::start("", "", rules);
+    attached(&daemon);
+    for target in &mut targets {
+        target.ask("churn 1000");
+    }
+    for target in &targets {
+        wait_until("the next one counts", || {
+            daemon.metric("leakmon_task_spawned_total", target.pid()) == Some(1000.0)
+        });
     }
 }
 
