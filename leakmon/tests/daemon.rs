@@ -15,6 +15,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::daemon::Daemon;
+use common::prometheus::Prometheus;
 use common::{Connection, Owned, Running, fixture, leakmon, real, run, scratch, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -496,56 +497,15 @@ fn a_real_prometheus_sees_the_leak_and_alerts() {
     };
     let Some(mut sum) = sum() else { return };
     let daemon = Daemon::start("", "", "");
-    let folder = scratch();
     // The shipped rules, with the patience of a test.
     let rules = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/prometheus-rules.yml");
     let rules = std::fs::read_to_string(rules).expect("the rules");
     let rules = rules.replace("for: 1m", "for: 1s");
-    std::fs::write(folder.path().join("rules.yml"), rules).expect("the rules");
-    let config = format!(
-        "global:\n  scrape_interval: 1s\n  evaluation_interval: 1s\nrule_files: [rules.yml]\nscrape_configs:\n  - job_name: leakmon\n    static_configs:\n      - targets: [\"{}\"]\n",
-        daemon.address
-    );
-    let path = folder.path().join("prometheus.yml");
-    std::fs::write(&path, config).expect("a configuration");
-    let port = std::net::TcpListener::bind("127.0.0.1:0")
-        .expect("a port")
-        .local_addr()
-        .expect("an address");
-    let _prometheus = Owned::spawn(
-        Command::new(server)
-            .arg(format!("--config.file={}", path.display()))
-            .arg(format!(
-                "--storage.tsdb.path={}",
-                folder.path().join("data").display()
-            ))
-            .arg(format!("--web.listen-address={port}"))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null()),
-    );
-    let address = port.to_string();
-    wait_until("Prometheus is ready", || {
-        let Ok(mut stream) = TcpStream::connect(port) else {
-            return false;
-        };
-        let _ = stream.write_all(b"GET /-/ready HTTP/1.0\r\n\r\n");
-        let mut answer = String::new();
-        let _ = stream.read_to_string(&mut answer);
-        answer.contains(" 200 ")
-    });
-    let ask = |path: &str| -> Value {
-        let mut connection = Connection::open(&address).expect("Prometheus");
-        serde_json::from_str(&connection.get(path)).expect("JSON")
-    };
+    let prometheus = Prometheus::start(&server, &daemon.address, &rules);
     let pid = sum.server.pid();
     let count = || -> Option<u64> {
-        let found = ask(&format!(
-            "/api/v1/query?query=go_goroutine_count%7Bpid%3D%22{pid}%22%7D"
-        ));
-        found["data"]["result"][0]["value"][1]
-            .as_str()?
-            .parse()
-            .ok()
+        let found = prometheus.query(&format!("go_goroutine_count{{pid=\"{pid}\"}}"));
+        found.first()?["value"][1].as_str()?.parse().ok()
     };
     let mut before = 0;
     for _ in 0..3 {
@@ -569,7 +529,7 @@ fn a_real_prometheus_sees_the_leak_and_alerts() {
     wait_until("the alert fires", || {
         sum.leak(20);
         std::thread::sleep(Duration::from_millis(300));
-        let alerts = ask("/api/v1/alerts");
+        let alerts = prometheus.ask("/api/v1/alerts");
         let alerts = alerts["data"]["alerts"]
             .as_array()
             .cloned()
@@ -669,11 +629,18 @@ fn killed_it_leaves_nothing() {
     let rules = "[[rules]]\nexecutable = \"*/to-go-on*\"\nwatch = \"blocking\"\n";
     let attached = |daemon: &Daemon| {
         wait_until("probes are attached", || {
-            let attached = |pid| daemon.metric("leakmon_task_spawned_total", pid).is_some();
-            pids.iter().all(|pid| attached(*pid))
+            // All of them: who is killed in the middle of it may leave some to the kernel.
+            let attached = |pid| {
+                let report = daemon.json(&format!("/processes/{pid}"));
+                let runtime = &report["runtimes"][0];
+                runtime["tier"]["name"] == "blocking"
+                    && runtime["probes"]["waits_attached_ratio"] == 1.0
+            };
+            let read = |pid| daemon.metric("leakmon_task_spawned_total", pid).is_some();
+            pids.iter().all(|pid| read(*pid) && attached(*pid))
         });
     };
-    let daemon = Daemon::start("", "", rules);
+    let daemon = Daemon::start("max_overhead = 50.0", "", rules);
     attached(&daemon);
     assert!(pids.iter().all(|pid| changed_code(*pid) > 0));
     let (programs, links) = in_the_kernel(daemon.child.pid());
@@ -694,15 +661,22 @@ fn killed_it_leaves_nothing() {
     daemon.child.signal(Signal::SIGKILL);
     assert_eq!(daemon.child.finish().code, None);
     wait_until("nothing is left in the kernel", || left() == (0, 0));
-    wait_until("the code is its own again", || {
-        pids.iter().all(|pid| changed_code(*pid) == 0)
-    });
+    let changed = || {
+        pids.iter()
+            .map(|pid| (*pid, changed_code(*pid)))
+            .collect::<Vec<_>>()
+    };
+    let until = Instant::now() + common::LIMIT;
+    while changed().iter().any(|(_, changed)| *changed > 0) {
+        assert!(Instant::now() < until, "still changed: {:?}", changed());
+        std::thread::sleep(Duration::from_millis(5));
+    }
     for target in &mut targets {
         assert!(target.line().contains("spawned=20000 exited=20000"));
         assert!(target.ask("waits 2 2").contains("waits=4"));
     }
     assert_eq!(zoo.line(), "churned total=20000");
-    let daemon = Daemon::start("", "", rules);
+    let daemon = Daemon::start("max_overhead = 50.0", "", rules);
     attached(&daemon);
     for target in &mut targets {
         target.ask("churn 1000");
@@ -721,6 +695,16 @@ fn sockets(pid: u32) -> usize {
     links
         .filter(|link| link.to_string_lossy().starts_with("socket:"))
         .count()
+}
+
+/// How many those are while nobody is connected: connections that have just ended
+/// go at their own pace.
+fn own_sockets(pid: u32) -> usize {
+    let looks = (0..50).map(|_| {
+        std::thread::sleep(Duration::from_millis(10));
+        sockets(pid)
+    });
+    looks.min().expect("a look")
 }
 
 /// Its resident memory, in bytes.
@@ -780,7 +764,7 @@ fn ten_thousand_connections() {
     let address: SocketAddr = daemon.address.parse().expect("an address");
     let pid = daemon.child.pid();
     assert!(!daemon.get("/processes").is_empty());
-    let (memory, open) = (resident(pid), sockets(pid));
+    let (memory, open) = (resident(pid), own_sockets(pid));
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -858,7 +842,10 @@ fn dumps_that_nobody_takes() {
     };
     let dump = format!("/processes/{pid}/stacks?format=debug2");
     let counted = format!("/processes/{pid}/stacks?format=debug1");
-    let (memory, open) = (resident(daemon.child.pid()), sockets(daemon.child.pid()));
+    let (memory, open) = (
+        resident(daemon.child.pid()),
+        own_sockets(daemon.child.pid()),
+    );
     // Of some 27 MB each, and 192 MiB are there for all.
     let mut slow = Vec::new();
     loop {
@@ -919,10 +906,7 @@ fn no_place_is_a_clear_answer() {
     let health = "GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
     let answer = daemon.raw(health);
     assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
-    assert!(
-        answer.ends_with("are being answered: ask again\n"),
-        "{answer}"
-    );
+    assert!(answer.ends_with("kept at once: ask again\n"), "{answer}");
     wait_until("it is sent away", || {
         daemon.raw(health).starts_with("HTTP/1.1 200")
     });

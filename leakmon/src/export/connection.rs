@@ -3,7 +3,7 @@
 //!
 //! A connection on which nobody asks for anything gives its place to a new one:
 //! whoever opens many and says little keeps nobody else away. Where all of them
-//! are being answered, a new one is refused.
+//! are being answered, a new one is refused. Both are told so.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -20,9 +20,9 @@ use hyper::server::conn::http1;
 use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::task::AbortHandle;
+use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep};
 use tokio_rustls::TlsAcceptor;
 
@@ -45,7 +45,7 @@ const SLOWEST: u64 = 1 << 20;
 /// What a client is told for which there is no place.
 const FULL: &str = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain; charset=utf-8\r\n\
                     Connection: close\r\nRetry-After: 1\r\n\r\n\
-                    as many connections as are kept at once are being answered: ask again\n";
+                    there are as many connections as are kept at once: ask again\n";
 
 /// Answers requests for ever, on as many as `most` connections at once.
 pub async fn serve(
@@ -74,15 +74,13 @@ pub async fn serve(
             continue;
         }
         let place = places.take();
-        let id = place.id;
         let (tls, router) = (tls.clone(), router.clone());
-        let task = tokio::spawn(async move {
-            let answered = connection(stream, tls, router, request_time, &place);
+        tokio::spawn(async move {
+            let answered = connection(stream, tls, router, request_time, &place.activity);
             if let Ok(Err(error)) = tokio::time::timeout(CONNECTION_TIME, answered).await {
                 tracing::debug!("a connection: {error}");
             }
         });
-        places.taken_by(id, task.abort_handle());
         // It is looked at before the next one comes, which may take its place.
         tokio::task::yield_now().await;
     }
@@ -98,12 +96,9 @@ fn refuse(stream: &TcpStream, is_tls: bool) {
     }
 }
 
-/// What connections do, and their tasks.
-type Taken = BTreeMap<u64, (Arc<Activity>, Option<AbortHandle>)>;
-
 /// The connections that there are, in the order in which they came.
 struct Places {
-    taken: Mutex<Taken>,
+    taken: Mutex<BTreeMap<u64, Arc<Activity>>>,
     next: AtomicU64,
 }
 
@@ -114,6 +109,8 @@ struct Activity {
     answering: AtomicBool,
     /// An answer waits for the client to take it.
     sending: AtomicBool,
+    /// Another one has got its place.
+    leave: Notify,
 }
 
 impl Activity {
@@ -124,7 +121,7 @@ impl Activity {
 }
 
 impl Places {
-    fn taken(&self) -> MutexGuard<'_, Taken> {
+    fn taken(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Activity>>> {
         // A panic leaves the places as they were.
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -136,14 +133,12 @@ impl Places {
         if taken.len() < most {
             return true;
         }
-        let longest = taken
-            .iter()
-            .find(|(_, (activity, _))| activity.is_waiting());
+        let longest = taken.iter().find(|(_, activity)| activity.is_waiting());
         let Some(id) = longest.map(|(id, _)| *id) else {
             return false;
         };
-        if let Some((_, Some(task))) = taken.remove(&id) {
-            task.abort();
+        if let Some(activity) = taken.remove(&id) {
+            activity.leave.notify_one();
         }
         true
     }
@@ -152,18 +147,11 @@ impl Places {
     fn take(self: &Arc<Self>) -> Place {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let activity = Arc::new(Activity::default());
-        self.taken().insert(id, (Arc::clone(&activity), None));
+        self.taken().insert(id, Arc::clone(&activity));
         Place {
             places: Arc::clone(self),
             id,
             activity,
-        }
-    }
-
-    /// The task that has the place, unless it has given it back already.
-    fn taken_by(&self, id: u64, task: AbortHandle) {
-        if let Some((_, known)) = self.taken().get_mut(&id) {
-            *known = Some(task);
         }
     }
 }
@@ -188,41 +176,54 @@ async fn connection(
     tls: Option<TlsAcceptor>,
     router: Router,
     request_time: Duration,
-    place: &Place,
+    activity: &Arc<Activity>,
 ) -> Result<(), Failed> {
-    match tls {
-        None => talk(stream, router, request_time, place).await,
-        Some(tls) => {
-            let stream = tokio::time::timeout(HEAD_TIME, tls.accept(stream)).await??;
-            talk(stream, router, request_time, place).await
-        }
-    }
+    let Some(tls) = tls else {
+        return talk(stream, router, request_time, activity).await;
+    };
+    let stream = tokio::select! {
+        () = activity.leave.notified() => return Ok(()),
+        stream = tokio::time::timeout(HEAD_TIME, tls.accept(stream)) => stream??,
+    };
+    talk(stream, router, request_time, activity).await
 }
 
 async fn talk<S: AsyncRead + AsyncWrite + Unpin>(
     stream: S,
     router: Router,
     request_time: Duration,
-    place: &Place,
+    activity: &Arc<Activity>,
 ) -> Result<(), Failed> {
-    let stream = Paced::new(stream, request_time, Arc::clone(&place.activity));
+    let stream = Paced::new(stream, request_time, Arc::clone(activity));
     let router = TowerToHyperService::new(router);
     let service = service_fn(|request: Request<Incoming>| {
         let answer = router.call(request);
         async {
-            place.activity.answering.store(true, Ordering::Relaxed);
+            activity.answering.store(true, Ordering::Relaxed);
             let answer = answer.await;
-            place.activity.answering.store(false, Ordering::Relaxed);
+            activity.answering.store(false, Ordering::Relaxed);
             answer
         }
     });
-    http1::Builder::new()
+    let mut connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIME)
         .max_buf_size(MAX_HEAD)
         .max_headers(MAX_HEADERS)
-        .serve_connection(TokioIo::new(stream), service)
-        .await?;
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::select! {
+        // Nothing has been done on it since it was found waiting.
+        biased;
+        () = activity.leave.notified() => {
+            let mut stream = connection.into_parts().io.into_inner();
+            let told = async {
+                stream.write_all(FULL.as_bytes()).await?;
+                stream.shutdown().await
+            };
+            tokio::time::timeout(HEAD_TIME, told).await??;
+        }
+        ended = &mut connection => ended?,
+    }
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
+use std::process::Command;
 
 use serde_json::Value;
 
@@ -30,10 +31,18 @@ impl Daemon {
         );
         let config = folder.path().join("leakmon.toml");
         std::fs::write(&config, text).expect("a configuration");
-        let child = Started::start(leakmon(["daemon", "--config"]).arg(&config));
-        let line = child.wait_for_line();
-        let address = line.trim().strip_prefix("listening on ");
-        let address = address.unwrap_or_else(|| panic!("{line}")).to_owned();
+        Daemon::run(folder, leakmon(["daemon", "--config"]).arg(&config))
+    }
+
+    /// One that this command starts, with its configuration in `folder`.
+    pub(crate) fn run(folder: tempfile::TempDir, command: &mut Command) -> Daemon {
+        let child = Started::start(command);
+        let address = loop {
+            let line = child.wait_for_line();
+            if let Some(address) = line.trim().strip_prefix("listening on ") {
+                break address.to_owned();
+            }
+        };
         let daemon = Daemon {
             child,
             address,

@@ -9,6 +9,7 @@
 #![allow(dead_code)]
 
 pub(crate) mod daemon;
+pub(crate) mod prometheus;
 
 use std::ffi::OsStr;
 use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
