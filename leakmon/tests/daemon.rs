@@ -106,6 +106,7 @@ fn what_people_ask_for() {
         "{answer}"
     );
     assert!(answer.contains("<!doctype html>"), "{answer}");
+    assert!(answer.contains("<form id=\"token\" hidden>"), "{answer}");
     // Both formats of the metrics.
     let open = daemon.raw("GET /metrics HTTP/1.1\r\nHost: localhost\r\nAccept: application/openmetrics-text\r\nConnection: close\r\n\r\n");
     assert!(open.trim_end().ends_with("# EOF"), "{open}");
@@ -302,6 +303,7 @@ fn a_token_is_asked_for() {
     for path in ["/", "/healthz", "/readyz", "/page.js"] {
         assert_eq!(status(path, ""), "200", "{path}");
     }
+    assert!(daemon.get("/").contains("<form id=\"token\">"));
 }
 
 #[test]

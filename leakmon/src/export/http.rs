@@ -178,12 +178,9 @@ pub fn tls(config: &Http) -> io::Result<Option<TlsAcceptor>> {
 /// What answers requests, each within `request_time`.
 pub fn router(shared: Arc<Shared>, request_time: Duration) -> Router {
     Router::new()
-        .route("/", get(|| page("text/html; charset=utf-8", PAGE)))
-        .route(
-            "/page.js",
-            get(|| page("text/javascript; charset=utf-8", SCRIPT)),
-        )
-        .route("/page.css", get(|| page("text/css; charset=utf-8", STYLE)))
+        .route("/", get(front))
+        .route("/page.js", get(|| part("text/javascript", SCRIPT)))
+        .route("/page.css", get(|| part("text/css", STYLE)))
         .route("/healthz", get(healthy))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
@@ -204,7 +201,20 @@ const PAGE: &str = include_str!("page/index.html");
 const SCRIPT: &str = include_str!("page/page.js");
 const STYLE: &str = include_str!("page/page.css");
 
-async fn page(kind: &'static str, text: &'static str) -> Response {
+/// The page, which asks for the token where one is needed.
+async fn front(State(shared): State<Arc<Shared>>) -> Response {
+    let page = match shared.token {
+        Some(_) => PAGE.replacen(ASKS, "<form id=\"token\">", 1),
+        None => PAGE.to_owned(),
+    };
+    ([(header::CONTENT_TYPE, "text/html; charset=utf-8")], page).into_response()
+}
+
+/// What the page asks for a token with, as it is where none is needed.
+const ASKS: &str = "<form id=\"token\" hidden>";
+
+async fn part(kind: &'static str, text: &'static str) -> Response {
+    let kind = format!("{kind}; charset=utf-8");
     ([(header::CONTENT_TYPE, kind)], text).into_response()
 }
 

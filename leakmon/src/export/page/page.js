@@ -45,16 +45,30 @@ function live(process, name) {
   return runtime ? runtime.live : null;
 }
 
+// Puts something new in the place of what was there. Whoever was in it by the keyboard stays where they were.
+function replace(place, made) {
+  const active = document.activeElement;
+  const key = place.contains(active) ? active.dataset.key : undefined;
+  place.replaceChildren(...made);
+  if (key !== undefined) [...place.querySelectorAll("[data-key]")].find((one) => one.dataset.key === key)?.focus();
+}
+
+function say(text) {
+  // What stays the same is not announced again.
+  if ($("summary").textContent !== text) $("summary").textContent = text;
+}
+
 function drawList() {
   const wanted = $("filter").value.toLowerCase();
   const rows = latest.filter((process) =>
     [process.name, process.user, process.command, String(process.pid)]
       .some((text) => text.toLowerCase().includes(wanted)));
-  $("rows").replaceChildren(...rows.map((process) => {
+  replace($("rows"), rows.map((process) => {
     const row = element("tr");
     const runtimes = process.runtimes;
     const link = element("a", process.pid);
     link.href = "#" + process.pid;
+    link.dataset.key = process.pid;
     const pid = element("td");
     pid.append(link);
     const growth = most([...runtimes.map((r) => r.change_per_minute), process.threads_per_minute]);
@@ -78,8 +92,8 @@ async function readList() {
   const table = await (await ask("processes")).json();
   latest = table.processes;
   const suspects = latest.filter((process) => process.verdict).length;
-  $("summary").textContent = number.format(latest.length) + " processes, " +
-    (suspects ? suspects + " with what looks like a leak" : "none with what looks like a leak");
+  say(number.format(latest.length) + " processes, " +
+    (suspects ? suspects + " with what looks like a leak" : "none with what looks like a leak"));
   drawList();
 }
 
@@ -145,6 +159,9 @@ function drawRuntime(runtime) {
   table.append(top, body);
   const scroll = element("div", null, "scroll");
   scroll.tabIndex = 0;
+  scroll.setAttribute("role", "region");
+  scroll.setAttribute("aria-label", "Sites of " + runtime.runtime.name);
+  scroll.dataset.key = runtime.runtime.name;
   scroll.append(table);
   made.push(scroll);
   return made;
@@ -168,7 +185,7 @@ async function readOne(pid) {
   }
   if (process.runtimes.length) {
     const report = await (await ask("processes/" + pid)).json();
-    $("runtimes").replaceChildren(...report.runtimes.flatMap(drawRuntime));
+    replace($("runtimes"), report.runtimes.flatMap(drawRuntime));
   } else {
     $("runtimes").replaceChildren();
   }
@@ -188,16 +205,21 @@ async function refresh() {
     $("one").hidden = pid === null;
     if (pid !== null) await readOne(pid);
   } catch (error) {
-    $("summary").textContent = error.message;
+    say(error.message);
   }
   timer = setTimeout(refresh, 5000);
 }
 
-window.addEventListener("hashchange", () => {
+window.addEventListener("hashchange", async (event) => {
   $("stacks").hidden = true;
   $("runtime").replaceChildren();
-  refresh();
-  if (chosen() !== null) $("one-title").scrollIntoView();
+  await refresh();
+  if (chosen() !== null) {
+    $("one-title").focus();
+    return;
+  }
+  const before = new URL(event.oldURL).hash.slice(1);
+  ([...$("rows").querySelectorAll("a")].find((link) => link.dataset.key === before) || $("filter")).focus();
 });
 $("filter").addEventListener("input", drawList);
 $("token").addEventListener("submit", (event) => {
@@ -215,4 +237,6 @@ $("dump").addEventListener("click", async () => {
     $("stacks").textContent = error.message;
   }
 });
-refresh();
+// Where a token is needed the form is shown from the start, and nothing asked for without it.
+if ($("token").hidden) refresh();
+else $("summary").textContent = "A bearer token is needed";
