@@ -22,6 +22,7 @@ pub(crate) fn run() -> Result<()> {
     fixtures::require_all(&built)?;
     let programs = step("real programs", || real::ensure(&go))?;
     setup::build_leakmon()?;
+    let alone = setup::build_static()?;
     step("lints", || {
         setup::cargo()
             .args([
@@ -39,6 +40,7 @@ pub(crate) fn run() -> Result<()> {
             .args(["test", "--release"])
             .env("LEAKMON_FIXTURES", &built.folder)
             .env("LEAKMON_REAL", &programs)
+            .env("LEAKMON_STATIC", &alone)
             .env("LEAKMON_GO", go.program())
             .run()
     })?;

@@ -1,4 +1,5 @@
-//! Programs that the tests run: the languages of fixtures/threads/languages, and a debugger that reads what leakmon reads.
+//! Programs that the tests run: the languages of fixtures/threads/languages, a debugger that reads what leakmon reads, and
+//! what judges the systemd unit.
 
 use crate::command::Run;
 use crate::debian;
@@ -11,6 +12,7 @@ const TOOLS: &[(&str, &str)] = &[
     ("python3", "python3"),
     ("gdb", "gdb"),
     ("strip", "binutils"),
+    ("systemd-analyze", "systemd"),
 ];
 
 /// Installs what is missing, where this system is Debian. The tests say what they could not run.

@@ -179,12 +179,24 @@ impl Collector {
             }
             Protocol::Http => {
                 let provider = rustls::crypto::ring::default_provider();
-                let connector = HttpsConnectorBuilder::new()
-                    .with_provider_and_native_roots(provider)
-                    .map_err(|error| error.to_string())?
-                    .https_or_http()
-                    .enable_http1()
-                    .build();
+                let builder = HttpsConnectorBuilder::new();
+                // A container that holds nothing but leakmon has no certificates, and
+                // needs none without TLS.
+                let builder = match config.endpoint.starts_with("https://") {
+                    true => builder
+                        .with_provider_and_native_roots(provider)
+                        .map_err(|error| error.to_string())?,
+                    false => {
+                        let config =
+                            rustls::ClientConfig::builder_with_provider(Arc::new(provider))
+                                .with_safe_default_protocol_versions()
+                                .map_err(|error| error.to_string())?
+                                .with_root_certificates(rustls::RootCertStore::empty())
+                                .with_no_client_auth();
+                        builder.with_tls_config(config)
+                    }
+                };
+                let connector = builder.https_or_http().enable_http1().build();
                 Ok(Collector::Http {
                     client: Client::builder(TokioExecutor::new()).build(connector),
                     endpoint: config
