@@ -328,7 +328,7 @@ fn the_dashboard_shows_data() {
     };
     let sum = fixture("sum", "plain").expect("a fixture").path;
     // A leak, a program of 32 bits, which is not read, and tokio.
-    let _leaks = Owned::spawn(
+    let leaks = Owned::spawn(
         Command::new(sum)
             .args(["-load", "20"])
             .stdout(Stdio::null()),
@@ -342,6 +342,12 @@ fn the_dashboard_shows_data() {
     let rules = "[[rules]]\nexecutable = \"*/of-the-dashboard\"\nwatch = \"blocking\"\n";
     let daemon = Daemon::start("", "", rules);
     let prometheus = Prometheus::start(&server, &daemon.address, "");
+    wait_until("the leak is seen", || {
+        let list = daemon.json("/processes");
+        let all = list["processes"].as_array().expect("processes");
+        let leaking = all.iter().find(|process| process["pid"] == leaks.pid());
+        leaking.is_some_and(|process| !process["verdict"].is_null())
+    });
     let dashboard: Value =
         serde_json::from_str(&shipped("grafana-dashboard.json")).expect("a dashboard in JSON");
     let variables = dashboard["templating"]["list"]
