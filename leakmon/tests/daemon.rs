@@ -669,7 +669,7 @@ fn killed_it_leaves_nothing() {
             .map(|pid| (*pid, changed_code(*pid)))
             .collect::<Vec<_>>()
     };
-    let until = Instant::now() + common::LIMIT;
+    let until = Instant::now() + common::limit();
     while changed().iter().any(|(_, changed)| *changed > 0) {
         assert!(Instant::now() < until, "still changed: {:?}", changed());
         std::thread::sleep(Duration::from_millis(5));
@@ -836,7 +836,7 @@ fn dumps_that_nobody_takes() {
     let ask = |path: &str| {
         let mut stream = TcpStream::connect(address).expect("a connection");
         stream
-            .set_read_timeout(Some(common::LIMIT))
+            .set_read_timeout(Some(common::limit()))
             .expect("a limit");
         let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n");
         stream.write_all(request.as_bytes()).expect("a request");

@@ -80,7 +80,7 @@ impl Watch {
     #[track_caller]
     fn report_that(&self, what: &str, is_so: impl Fn(&Value) -> bool) -> Value {
         let mut last = Value::Null;
-        let until = Instant::now() + common::LIMIT;
+        let until = Instant::now() + common::limit();
         while Instant::now() < until {
             last = self.report();
             if is_so(&last) {
@@ -209,8 +209,16 @@ fn waits_are_counted_and_timed() {
         let wait = waits.iter().find(|wait| wait["reason"] == "chan receive");
         let wait = wait.unwrap_or_else(|| panic!("{what}: {receivers:#}"));
         let durations = &wait["blocked_durations"];
-        assert_eq!(durations["count"], 200, "{what}: {receivers:#}");
-        assert_eq!(wait["resumes"], 200, "{what}");
+        // On a slow machine a sender may come before its receiver, and waits in its
+        // place.
+        let senders = site(&report, "main.slowSender")["waits"].as_array();
+        let sends = senders.expect("waits").iter();
+        let sends = sends.filter(|wait| wait["reason"] == "chan send");
+        let sent: u64 = sends.filter_map(|wait| wait["resumes"].as_u64()).sum();
+        assert!(sent == 0 || common::slowness() > 1, "{what}: {report:#}");
+        let received = 200 - sent;
+        assert_eq!(durations["count"], received, "{what}: {receivers:#}");
+        assert_eq!(wait["resumes"], received, "{what}");
         let buckets = durations["log2_nanoseconds"].as_object().expect("buckets");
         let mut seen = 0;
         let median = (0..64).find(|bucket: &u32| {

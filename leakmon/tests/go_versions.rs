@@ -48,12 +48,15 @@ fn every_version(variant: &str, oldest: bool) {
     }
     let zoos = common::all("zoo", variant);
     let first = if oldest { 18 } else { 21 };
-    let expected: Vec<String> = (first..=27).map(|minor| format!("1.{minor}")).collect();
-    let found: Vec<&String> = zoos.iter().map(|zoo| &zoo.go).collect();
-    assert!(
-        expected.iter().eq(found.iter().copied()),
-        "zoos of {variant}: {found:?}"
-    );
+    let expected: Vec<String> = match std::env::var("LEAKMON_GO_VERSIONS") {
+        Ok(some) => {
+            eprintln!("of the versions of Go only {some}: the others are not tested");
+            some.split(' ').map(str::to_owned).collect()
+        }
+        Err(_) => (first..=27).map(|minor| format!("1.{minor}")).collect(),
+    };
+    let found: Vec<String> = zoos.iter().map(|zoo| zoo.go.clone()).collect();
+    assert_eq!(found, expected, "zoos of {variant}");
     let mut wrong = Vec::new();
     for zoo in &zoos {
         for mode in MODES {

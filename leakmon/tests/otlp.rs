@@ -354,7 +354,7 @@ fn a_real_collector_is_told_what_prometheus_reads() {
         });
         let before = sink.messages().len();
         let mut said = (Points::default(), Points::default());
-        let until = Instant::now() + common::LIMIT;
+        let until = Instant::now() + common::limit();
         let message = loop {
             let told = sink
                 .messages()

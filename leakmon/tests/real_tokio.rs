@@ -83,7 +83,7 @@ fn report(pid: u32) -> Value {
 fn connect(port: u16, request: &str, answer: &str) -> TcpStream {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("a connection");
     stream
-        .set_read_timeout(Some(common::LIMIT))
+        .set_read_timeout(Some(common::limit()))
         .expect("a limit");
     stream.write_all(request.as_bytes()).expect("a request");
     let mut read = vec![0; answer.len()];

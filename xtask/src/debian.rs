@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::arch::Arch;
 use crate::command::Run;
 use crate::privilege;
 use crate::progress::note;
@@ -70,26 +71,48 @@ fn offered(package: &str) -> bool {
 /// and nothing on the system changes.
 pub(crate) struct View {
     folder: PathBuf,
+    /// Of the packages, where it is not this system's own.
+    arch: Option<Arch>,
 }
 
 impl View {
     /// A view of these releases of Debian, from where this system gets its own packages.
     pub(crate) fn open(name: &str, suites: &[&str]) -> Result<Self> {
+        Self::read(name, suites, &[], None)
+    }
+
+    /// A view of these releases of Debian and of their security updates, for another architecture than this system's
+    /// too.
+    pub(crate) fn of(name: &str, suites: &[&str], security: &[&str], arch: Arch) -> Result<Self> {
+        Self::read(name, suites, security, Some(arch))
+    }
+
+    fn read(name: &str, suites: &[&str], security: &[&str], arch: Option<Arch>) -> Result<Self> {
         let view = Self {
             folder: workspace::cache("apt")?.join(name),
+            arch,
         };
         for part in ["lists/partial", "cache/archives/partial", "downloads"] {
             workspace::create(&view.folder.join(part))?;
         }
         view.write("status", "")?;
         let mut sources = String::new();
-        for archive in archives()? {
-            for suite in suites {
-                writeln!(sources, "{}", archive.line(suite))?;
+        let own = codename()?;
+        for (own, suites) in [(own.clone(), suites), (format!("{own}-security"), security)] {
+            if suites.is_empty() {
+                continue;
+            }
+            for archive in archives(&own)? {
+                for suite in suites {
+                    writeln!(sources, "{}", archive.line(suite))?;
+                }
             }
         }
         view.write("sources.list", &sources)?;
-        note(format!("reading package lists of {}", suites.join(", ")));
+        note(format!(
+            "reading package lists of {}",
+            [suites, security].concat().join(", ")
+        ));
         // apt-get update also succeeds with some of its lists missing, which is what is wanted: a suite that this
         // archive does not have offers nothing.
         view.apt("apt-get").args(["-qq", "update"]).capture()?;
@@ -109,7 +132,14 @@ impl View {
             .is_ok_and(|shown| !shown.trim().is_empty())
     }
 
-    /// Downloads a package and unpacks it below a folder. Its scripts do not run.
+    /// The names of the packages that begin with `prefix`.
+    pub(crate) fn names(&self, prefix: &str) -> Result<Vec<String>> {
+        let names = self.apt("apt-cache").args(["pkgnames", prefix]).capture()?;
+        Ok(names.lines().map(str::to_owned).collect())
+    }
+
+    /// Downloads a package, or that of one release (`package/release`), and unpacks it below a folder. Its scripts do
+    /// not run.
     pub(crate) fn unpack(&self, package: &str, into: &Path) -> Result<()> {
         let downloads = self.folder.join("downloads").join(package);
         if downloads.exists() {
@@ -147,8 +177,13 @@ impl View {
                 format!("{name}={}", self.folder.join(path).display()),
             ]
         };
-        Run::new(program)
-            .args(option("Dir::Etc::sourcelist", "sources.list"))
+        let mut run = Run::new(program);
+        if let Some(arch) = self.arch {
+            run = run
+                .args(["-o", &format!("APT::Architecture={}", arch.debian())])
+                .args(["-o", &format!("APT::Architectures={}", arch.debian())]);
+        }
+        run.args(option("Dir::Etc::sourcelist", "sources.list"))
             .args(["-o", "Dir::Etc::sourceparts=-"])
             .args(option("Dir::State::lists", "lists"))
             .args(option("Dir::State::status", "status"))
@@ -160,7 +195,7 @@ impl View {
 }
 
 /// The name of this system's Debian release.
-fn codename() -> Result<String> {
+pub(crate) fn codename() -> Result<String> {
     let release = std::fs::read_to_string("/etc/os-release").context("cannot read os-release")?;
     release
         .lines()
@@ -186,9 +221,8 @@ impl Archive {
     }
 }
 
-/// The archives of this system that hold its own release, read from its own sources.
-fn archives() -> Result<Vec<Archive>> {
-    let own = codename()?;
+/// The archives of this system that hold a suite of its own release, read from its own sources.
+fn archives(own: &str) -> Result<Vec<Archive>> {
     let mut texts = Vec::new();
     let list = Path::new("/etc/apt/sources.list");
     if list.exists() {
@@ -205,8 +239,8 @@ fn archives() -> Result<Vec<Archive>> {
     let mut found = BTreeMap::new();
     for (path, text) in texts {
         let archives = match path.extension().and_then(|extension| extension.to_str()) {
-            Some("sources") => from_stanzas(&text, &own),
-            Some("list") => from_lines(&text, &own),
+            Some("sources") => from_stanzas(&text, own),
+            Some("list") => from_lines(&text, own),
             _ => continue,
         };
         for archive in archives {

@@ -1,5 +1,6 @@
 //! `cargo xtask`: everything that a developer of leakmon does, from nothing.
 
+mod arch;
 mod bench;
 mod big;
 mod bpf;
@@ -16,6 +17,7 @@ mod real;
 mod setup;
 mod test;
 mod tools;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;
@@ -44,7 +46,9 @@ enum Task {
         arguments: Vec<String>,
     },
     /// Format check, lints and every test, on all fixtures and real programs
-    Test,
+    Test(test::Options),
+    /// Boot other kernels, without KVM, and run the tests there
+    Vm(vm::Options),
     /// Measure what leakmon costs the programs it watches
     Bench(bench::Options),
     /// Build the fixtures, with every Go and tokio version that can be had
@@ -71,7 +75,8 @@ fn run(task: Task) -> Result<()> {
             let leakmon = setup::build_leakmon()?;
             privilege::as_root(leakmon).args(arguments).run()
         }
-        Task::Test => test::run(),
+        Task::Test(options) => test::run(&options),
+        Task::Vm(options) => vm::run(&options),
         Task::Bench(options) => bench::run(&options),
         Task::Fixtures(options) => fixtures::run(&options).map(drop),
     }

@@ -3,15 +3,25 @@
 use std::time::Instant;
 
 use anyhow::Result;
+use clap::Args;
 
 use crate::fixtures;
 use crate::privilege;
 use crate::progress::{self, step};
 use crate::real;
 use crate::setup;
+use crate::vm;
+
+/// What to test beyond this machine.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Boot other kernels too and test there, as `cargo xtask vm` does
+    #[arg(long)]
+    vm: bool,
+}
 
 /// Sets up, builds and tests.
-pub(crate) fn run() -> Result<()> {
+pub(crate) fn run(options: &Options) -> Result<()> {
     let start = Instant::now();
     step("permissions", || privilege::require_bpf("test"))?;
     let go = setup::run()?;
@@ -44,6 +54,9 @@ pub(crate) fn run() -> Result<()> {
             .env("LEAKMON_GO", go.program())
             .run()
     })?;
+    if options.vm {
+        vm::test(&go, &vm::Options::default())?;
+    }
     println!("==> all passed in {}", progress::seconds(start.elapsed()));
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use super::{Connection, LIMIT, Started, leakmon, scratch, wait_until};
+use super::{Connection, Started, leakmon, limit, scratch, wait_until};
 
 /// A daemon of the test's own, on a port of its own.
 pub(crate) struct Daemon {
@@ -76,7 +76,7 @@ impl Daemon {
     pub(crate) fn raw(&self, request: &str) -> String {
         let address: SocketAddr = self.address.parse().expect("an address");
         let mut stream = TcpStream::connect(address).expect("a connection");
-        stream.set_read_timeout(Some(LIMIT)).expect("a limit");
+        stream.set_read_timeout(Some(limit())).expect("a limit");
         // It may close before it has read all.
         let _ = stream.write_all(request.as_bytes());
         let mut answer = Vec::new();

@@ -22,7 +22,16 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 /// How long anything may take before it counts as hung.
-pub(crate) const LIMIT: Duration = Duration::from_secs(30);
+pub(crate) fn limit() -> Duration {
+    Duration::from_secs(30) * slowness()
+}
+
+/// How many times as long as elsewhere things take: `LEAKMON_SLOWNESS`, for
+/// guests whose processor is emulated.
+pub(crate) fn slowness() -> u32 {
+    let slowness = std::env::var("LEAKMON_SLOWNESS").ok();
+    slowness.map_or(1, |slowness| slowness.parse().expect("a number"))
+}
 
 /// The folder of fixtures; `None`, which says so once, where there is none.
 pub(crate) fn fixtures() -> Option<PathBuf> {
@@ -321,7 +330,7 @@ impl Done {
     }
 }
 
-/// Runs `command` to its end, which must come within [`LIMIT`].
+/// Runs `command` to its end, which must come within [`limit`].
 #[track_caller]
 pub(crate) fn run(command: &mut Command) -> Done {
     Started::start(command).finish()
@@ -382,7 +391,7 @@ impl Started {
     /// Waits until it has printed another line, and gives it.
     #[track_caller]
     pub(crate) fn wait_for_line(&self) -> String {
-        let line = self.lines.recv_timeout(LIMIT);
+        let line = self.lines.recv_timeout(limit());
         line.unwrap_or_else(|error| panic!("{} prints nothing: {error}", self.command))
     }
 
@@ -391,7 +400,7 @@ impl Started {
         self.child.signal(signal);
     }
 
-    /// Waits for its end, which must come within [`LIMIT`].
+    /// Waits for its end, which must come within [`limit`].
     #[track_caller]
     pub(crate) fn finish(mut self) -> Done {
         let status = self.wait();
@@ -409,7 +418,7 @@ impl Started {
 
     #[track_caller]
     fn wait(&mut self) -> ExitStatus {
-        let until = Instant::now() + LIMIT;
+        let until = Instant::now() + limit();
         loop {
             if let Some(status) = self.child.0.try_wait().expect("a child") {
                 return status;
@@ -420,10 +429,10 @@ impl Started {
     }
 }
 
-/// Waits until `condition` holds, which must come within [`LIMIT`].
+/// Waits until `condition` holds, which must come within [`limit`].
 #[track_caller]
 pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let until = Instant::now() + LIMIT;
+    let until = Instant::now() + limit();
     while !condition() {
         assert!(Instant::now() < until, "waited in vain until {what}");
         std::thread::sleep(Duration::from_millis(5));
@@ -453,7 +462,7 @@ impl Connection {
     /// Connects to `address`.
     pub(crate) fn open(address: &str) -> std::io::Result<Connection> {
         let stream = TcpStream::connect(address)?;
-        stream.set_read_timeout(Some(LIMIT))?;
+        stream.set_read_timeout(Some(limit()))?;
         Ok(Connection {
             address: address.to_owned(),
             stream: BufReader::new(stream),

@@ -15,14 +15,34 @@ use leakmon::probe::{
 use leakmon::task::SiteFlow;
 use target::Target;
 
-/// Both ways of attaching, where the kernel has both.
-const WAYS: [Way; 2] = [Way::Multi, Way::PerfEvent];
+/// Every way of attaching that this kernel has, by its version: uprobe_multi came
+/// with 6.6.
+fn ways() -> Vec<Way> {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release
+        .split('.')
+        .map_while(|number| number.parse::<u32>().ok());
+    if (numbers.next(), numbers.next()) >= (Some(6), Some(6)) {
+        return vec![Way::Multi, Way::PerfEvent];
+    }
+    eprintln!(
+        "kernel {} has no uprobe_multi: it is not tested",
+        release.trim()
+    );
+    vec![Way::PerfEvent]
+}
 
 /// The tests measure time and count everything that a process does: one at a
 /// time.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How many times as long as elsewhere things take, in guests.
+fn slowness() -> u64 {
+    let slowness = std::env::var("LEAKMON_SLOWNESS").ok();
+    slowness.map_or(1, |slowness| slowness.parse().unwrap())
 }
 
 fn flow(counts: &Counts) -> SiteFlow {
@@ -41,7 +61,7 @@ fn losses(counts: &Counts) -> BTreeMap<&'static str, u64> {
 #[test]
 fn spawns_and_exits_are_exact() {
     let _alone = alone();
-    for way in WAYS {
+    for way in ways() {
         let mut target = Target::start();
         let kernel = Kernel::load_for(way).unwrap();
         let attached = kernel
@@ -74,7 +94,7 @@ fn spawns_and_exits_are_exact() {
 #[test]
 fn blocks_are_exact() {
     let _alone = alone();
-    for way in WAYS {
+    for way in ways() {
         let mut target = Target::start();
         let kernel = Kernel::load_for(way).unwrap();
         let attached = kernel
@@ -105,7 +125,8 @@ fn blocks_are_exact() {
         assert_eq!((slow[0].parks, slow[0].resumes), (20, 20), "{way:?}");
         let buckets = &slow[0].durations.buckets;
         // 2^25 ns is 34 ms, 2^26 ns is 67 ms.
-        assert!(buckets[25] >= 18, "{buckets:?}");
+        let last = if slowness() > 1 { buckets.len() } else { 26 };
+        assert!(buckets[25..last].iter().sum::<u64>() >= 18, "{buckets:?}");
         assert_eq!(buckets.iter().sum::<u64>(), 20);
         assert_eq!(flow(&counts).spawned, 9);
         assert_eq!(flow(&counts).exited, 1);
@@ -167,7 +188,7 @@ fn what_does_not_fit_is_counted_as_dropped_and_logged() {
         waits: 2,
         ..Limits::for_cpus(1)
     };
-    let kernel = Kernel::load_with(Way::Multi, limits).unwrap();
+    let kernel = Kernel::load_with(ways()[0], limits).unwrap();
     let attached = kernel
         .attach(target.pid(), &target.plan(), Tier::Blocking)
         .unwrap();
@@ -247,7 +268,7 @@ fn another_process_of_the_same_file_is_not_counted() {
 #[test]
 fn tiers_go_up_and_down() {
     let _alone = alone();
-    for way in WAYS {
+    for way in ways() {
         let mut target = Target::start();
         let kernel = Kernel::load_for(way).unwrap();
         let mut attached = kernel
@@ -285,7 +306,7 @@ fn tiers_go_up_and_down() {
 #[test]
 fn a_place_that_cannot_be_probed_is_named_and_nothing_stays() {
     let _alone = alone();
-    for way in WAYS {
+    for way in ways() {
         let mut target = Target::start();
         let kernel = Kernel::load_for(way).unwrap();
         let mut plan = target.plan();
@@ -372,7 +393,7 @@ fn a_killed_leakmon_leaves_nothing() {
 #[test]
 fn every_cost_is_measured() {
     let _alone = alone();
-    for way in WAYS {
+    for way in ways() {
         let kernel = Kernel::load_for(way).unwrap();
         let start = Instant::now();
         let cost = calibrate(&kernel).unwrap();
@@ -384,6 +405,10 @@ fn every_cost_is_measured() {
             cost.switch_ns,
         ] {
             assert!(ns > 1.0, "{way:?}: {cost:?}");
+        }
+        if slowness() > 1 {
+            eprintln!("an emulated processor: what a single step costs is not tested");
+            continue;
         }
         // A single step takes two more exceptions.
         assert!(cost.poll_stepped_ns > cost.poll_ns, "{way:?}: {cost:?}");

@@ -11,7 +11,7 @@ use leakmon::probe::{Code, Kernel, KnownThread, Place, Plan, ProcessEvent, Role,
 use leakmon::task::SiteKey;
 use leakmon_common::threads::{Layout, Shared, reason};
 
-use super::{WAYS, alone, losses};
+use super::{alone, losses, ways};
 
 /// A child that waits on its standard input, and is killed in the end.
 struct Blocked(Child);
@@ -145,7 +145,7 @@ fn plan() -> Plan {
 #[test]
 fn threads_are_exact() {
     let _alone = alone();
-    for way in WAYS {
+    for way in ways() {
         let kernel = Kernel::load_for(way).unwrap();
         let mut attached = kernel
             .attach(std::process::id(), &plan(), Tier::Lifecycle)

@@ -1,0 +1,114 @@
+//! leakmon and its tests, linked so that they run without any library.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+
+use super::suite;
+use crate::arch::Arch;
+use crate::command::Run;
+use crate::go::{Go, RELEASES};
+use crate::progress::step;
+use crate::setup;
+use crate::workspace;
+
+/// What was built for guests of one architecture.
+pub(super) struct Built {
+    /// leakmon itself.
+    pub(super) leakmon: PathBuf,
+    /// The tests, by name.
+    pub(super) tests: BTreeMap<String, PathBuf>,
+    /// What stands for `go build` and `go tool pprof`, by the name of its file.
+    pub(super) go: Vec<PathBuf>,
+}
+
+/// Sources of Go programs that tests build.
+const GO_SOURCES: &[&str] = &[
+    "leakmon/tests/probe/target.go",
+    "leakmon/tests/flow/forks.go",
+];
+
+/// Builds leakmon, its tests, and what the tests ask of Go.
+pub(super) fn build(arch: Arch, driver: &Go) -> Result<Built> {
+    let (leakmon, tests) = step(
+        &format!("leakmon and its tests for {}", arch.name()),
+        || binaries(arch),
+    )?;
+    let go = step(&format!("Go programs for {}", arch.name()), || {
+        go_programs(arch, driver)
+    })?;
+    Ok(Built { leakmon, tests, go })
+}
+
+/// cargo for the architecture, with everything linked statically.
+fn cargo(arch: Arch) -> Run {
+    let variable = |name: &str| {
+        let target = arch.target().replace('-', "_").to_uppercase();
+        format!("CARGO_TARGET_{target}_{name}")
+    };
+    let run = setup::cargo()
+        .env_remove("RUSTFLAGS")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env(&variable("RUSTFLAGS"), "-C target-feature=+crt-static");
+    match arch {
+        Arch::X86_64 => run,
+        Arch::Aarch64 => run.env(&variable("LINKER"), "aarch64-linux-gnu-gcc"),
+    }
+}
+
+fn binaries(arch: Arch) -> Result<(PathBuf, BTreeMap<String, PathBuf>)> {
+    let wanted = suite::TESTS.iter().flat_map(|(test, _)| ["--test", *test]);
+    let said = cargo(arch)
+        .args(["test", "--release", "--package", "leakmon", "--no-run"])
+        .args(wanted)
+        .args(["--target", arch.target()])
+        .arg("--message-format=json-render-diagnostics")
+        .capture()?;
+    let (mut leakmon, mut tests) = (None, BTreeMap::new());
+    for line in said.lines() {
+        let message: Value = serde_json::from_str(line)?;
+        let Some(path) = message["executable"].as_str().map(PathBuf::from) else {
+            continue;
+        };
+        let name = message["target"]["name"].as_str().unwrap_or_default();
+        let kind = message["target"]["kind"][0].as_str().unwrap_or_default();
+        match (kind, message["profile"]["test"] == true) {
+            ("bin", false) => leakmon = Some(path),
+            ("test", _) => drop(tests.insert(name.to_owned(), path)),
+            _ => {}
+        }
+    }
+    let leakmon = leakmon.context("cargo names no program leakmon")?;
+    Ok((leakmon, tests))
+}
+
+/// The programs that tests build with `go build`, and pprof, which is one of Go's tools.
+fn go_programs(arch: Arch, driver: &Go) -> Result<Vec<PathBuf>> {
+    let folder = workspace::target().join("vm").join(arch.name()).join("go");
+    workspace::create(&folder)?;
+    let &(minor, patch) = RELEASES.last().context("no Go releases are listed")?;
+    let newest = Go::of(driver, minor, patch)?;
+    let build = |go: &Go, what: &Path, name: &str| {
+        let path = folder.join(name);
+        go.command()
+            .args(["build", "-buildvcs=false", "-o"])
+            .arg(&path)
+            .arg(what)
+            .dir(&folder)
+            .env("CGO_ENABLED", "0")
+            .env("GOWORK", "off")
+            .env("GOOS", "linux")
+            .env("GOARCH", arch.debian())
+            .capture()
+            .map(|_| path)
+    };
+    let mut programs = vec![build(&newest, Path::new("cmd/pprof"), "pprof")?];
+    for source in GO_SOURCES {
+        let source = workspace::root().join(source);
+        let name = source.file_stem().and_then(|name| name.to_str());
+        programs.push(build(driver, &source, name.context("a source's name")?)?);
+    }
+    Ok(programs)
+}

@@ -1,0 +1,277 @@
+//! One kernel, booted in qemu without KVM, and what its tests said.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+
+use super::initramfs::MARK;
+use super::kernels::Kernel;
+use super::suite;
+use crate::arch::Arch;
+use crate::command::Run;
+
+/// How long a guest may run, from its boot to its end.
+const LIMIT: Duration = Duration::from_secs(900);
+
+/// A guest's memory, for the initramfs twice, the tests and 10,000 threads.
+const MEMORY: &str = "1536";
+
+/// A guest's processors: what is counted on one is seen from another.
+const CPUS: &str = "2";
+
+/// Lines of a guest's console that are shown when it did not come to its end.
+const LAST_LINES: usize = 30;
+
+/// What became of one test.
+pub(super) struct Outcome {
+    /// Its binary and name.
+    pub(super) name: String,
+    pub(super) passed: bool,
+    /// Seconds by the guest's clock.
+    pub(super) seconds: f64,
+    /// Everything that it wrote.
+    pub(super) output: String,
+}
+
+impl Outcome {
+    /// What it says that it did not test.
+    pub(super) fn untested(&self) -> impl Iterator<Item = &str> {
+        self.output
+            .lines()
+            .filter(|line| line.to_lowercase().contains("not tested"))
+    }
+}
+
+/// What became of a guest.
+pub(super) struct Report {
+    /// As the kernel calls itself; empty when it did not get so far.
+    pub(super) release: String,
+    pub(super) outcomes: Vec<Outcome>,
+    /// What the kernel complained of: its own bugs and warnings.
+    pub(super) complaints: Vec<String>,
+    /// Why not every test ran, with the end of the console.
+    pub(super) cut_short: Option<String>,
+    /// From its start to its end, by this machine's clock.
+    pub(super) took: Duration,
+}
+
+impl Report {
+    pub(super) fn passed(&self) -> usize {
+        let passed = self.outcomes.iter().filter(|outcome| outcome.passed);
+        passed.count()
+    }
+
+    /// Whether everything ran, and as it should.
+    pub(super) fn is_good(&self) -> bool {
+        self.cut_short.is_none()
+            && self.complaints.is_empty()
+            && self.passed() == suite::count()
+            && self.outcomes.len() == suite::count()
+    }
+}
+
+/// Boots a kernel with the initramfs, and waits for its end. Everything that its console shows goes to `log`.
+pub(super) fn run(arch: Arch, kernel: &Kernel, initramfs: &Path, log: &Path) -> Result<Report> {
+    let start = Instant::now();
+    let mut guest = qemu(arch, kernel, initramfs).limit(LIMIT).start()?;
+    let console = guest.stdout.take().context("qemu has no output")?;
+    let mut file =
+        std::fs::File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+    let mut reading = Reading::default();
+    for line in BufReader::new(console).split(b'\n') {
+        let line = line?;
+        file.write_all(&line)?;
+        file.write_all(b"\n")?;
+        reading.line(String::from_utf8_lossy(&line).trim_end_matches('\r'));
+    }
+    guest.wait()?;
+    Ok(reading.report(start.elapsed()))
+}
+
+/// The emulator's command line. The kernel ends the guest when it panics.
+fn qemu(arch: Arch, kernel: &Kernel, initramfs: &Path) -> Run {
+    let (program, machine, console): (_, &[&str], _) = match arch {
+        Arch::X86_64 => (
+            "qemu-system-x86_64",
+            &["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"],
+            "ttyS0",
+        ),
+        // `-cpu max` is slower.
+        Arch::Aarch64 => (
+            "qemu-system-aarch64",
+            &[
+                "-M",
+                "virt",
+                "-accel",
+                "tcg,thread=multi",
+                "-cpu",
+                "cortex-a72",
+            ],
+            "ttyAMA0",
+        ),
+    };
+    Run::new(program)
+        .args(machine)
+        .args(["-m", MEMORY, "-smp", CPUS])
+        .args(["-display", "none", "-monitor", "none", "-nic", "none"])
+        .args(["-serial", "stdio", "-no-reboot", "-kernel"])
+        .arg(&kernel.image)
+        .arg("-initrd")
+        .arg(initramfs)
+        .arg("-append")
+        .arg(format!("console={console} panic=-1 quiet loglevel=3"))
+}
+
+/// A console as it is read.
+#[derive(Default)]
+struct Reading {
+    release: String,
+    outcomes: Vec<Outcome>,
+    complaints: Vec<String>,
+    /// The test that runs, and what it wrote so far.
+    running: Option<(String, String)>,
+    last: Vec<String>,
+    done: bool,
+}
+
+impl Reading {
+    fn line(&mut self, line: &str) {
+        self.last.push(line.to_owned());
+        if self.last.len() > LAST_LINES {
+            self.last.remove(0);
+        }
+        // The kernel may have written before it on the same line.
+        let Some((before, said)) = line.split_once(MARK) else {
+            self.keep(line);
+            return;
+        };
+        self.keep(before);
+        let words: Vec<&str> = said.split_whitespace().collect();
+        match words[..] {
+            ["boot", release, _] => self.release = release.to_owned(),
+            ["begin", binary, test] => {
+                self.running = Some((format!("{binary}::{test}"), String::new()));
+            }
+            ["end", code, begun, ended] => self.end(code, begun, ended),
+            ["kernel", ..] => self.complaints.push(said.to_owned()),
+            ["done", _] => self.done = true,
+            _ => self.keep(said),
+        }
+    }
+
+    fn keep(&mut self, text: &str) {
+        if let Some((_, output)) = &mut self.running
+            && !text.is_empty()
+        {
+            output.push_str(text);
+            output.push('\n');
+        }
+    }
+
+    fn end(&mut self, code: &str, begun: &str, ended: &str) {
+        let Some((name, mut output)) = self.running.take() else {
+            return;
+        };
+        let seconds = |text: &str| text.parse::<f64>().unwrap_or_default();
+        // A name that no test has is no success.
+        let passed = code == "0" && output.contains("test result: ok. 1 passed");
+        // SIGKILL, of timeout(1).
+        if code == "137" {
+            output.push_str("it took too long, and was killed\n");
+        }
+        self.outcomes.push(Outcome {
+            name,
+            passed,
+            seconds: seconds(ended) - seconds(begun),
+            output,
+        });
+    }
+
+    fn report(mut self, took: Duration) -> Report {
+        let cut_short = (!self.done).then(|| {
+            let during = match &self.running {
+                Some((name, _)) => format!("during {name}"),
+                None if self.outcomes.is_empty() => "before the first test".to_owned(),
+                None => "between two tests".to_owned(),
+            };
+            let how = if took >= LIMIT { "it hung" } else { "it ended" };
+            format!("{how} {during}; its last lines:\n{}", self.last.join("\n"))
+        });
+        if let Some((name, output)) = self.running.take() {
+            self.outcomes.push(Outcome {
+                name,
+                passed: false,
+                seconds: 0.0,
+                output,
+            });
+        }
+        Report {
+            release: self.release,
+            outcomes: self.outcomes,
+            complaints: self.complaints,
+            cut_short,
+            took,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(console: &str) -> Report {
+        let mut reading = Reading::default();
+        console.lines().for_each(|line| reading.line(line));
+        reading.report(Duration::from_secs(1))
+    }
+
+    const PASSED: &str = "test result: ok. 1 passed; 0 failed";
+
+    #[test]
+    fn a_guest_that_comes_to_its_end_is_read() {
+        let report = read(&format!(
+            "booting\n@@ boot 6.1.0 3.5\n@@ begin flow a\n{PASSED}\n@@ end 0 3.50 5.75\n\
+             @@ begin flow b\npanicked\n@@ end 101 6.00 6.25\n@@ begin flow c\n\
+             test result: ok. 0 passed\n[  7.1] noise @@ end 0 6.25 6.50\n@@ done 7.0\n"
+        ));
+        assert_eq!(report.release, "6.1.0");
+        assert!(report.cut_short.is_none());
+        let told: Vec<_> = report
+            .outcomes
+            .iter()
+            .map(|outcome| (outcome.name.as_str(), outcome.passed, outcome.seconds))
+            .collect();
+        assert_eq!(
+            told,
+            [
+                ("flow::a", true, 2.25),
+                ("flow::b", false, 0.25),
+                ("flow::c", false, 0.25)
+            ]
+        );
+        assert!(report.outcomes[2].output.contains("noise"));
+        // Two failed, and most did not run.
+        assert!(!report.is_good());
+    }
+
+    #[test]
+    fn a_guest_that_panics_failed_in_the_test_that_ran() {
+        let report = read("@@ boot 6.1.0 3.5\n@@ begin flow a\nKernel panic - not syncing\n");
+        let why = report.cut_short.expect("a reason");
+        assert!(why.starts_with("it ended during flow::a"), "{why}");
+        assert!(why.contains("Kernel panic"), "{why}");
+        assert_eq!(report.outcomes.len(), 1);
+        assert!(!report.outcomes[0].passed);
+        let report = read("no boot\n").cut_short.expect("a reason");
+        assert!(report.contains("before the first test"), "{report}");
+    }
+
+    #[test]
+    fn complaints_of_the_kernel_are_kept() {
+        let report = read("@@ boot 6.1.0 3.5\n@@ kernel [ 9.1] WARNING: CPU: 0\n@@ done 9.5\n");
+        assert_eq!(report.complaints.len(), 1);
+        assert!(!report.is_good());
+    }
+}
