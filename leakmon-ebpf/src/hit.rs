@@ -59,6 +59,30 @@ pub unsafe fn exchange(word: *mut u64, old: u64, new: u64) -> u64 {
     result
 }
 
+/// Keeps a program of uprobes on its thread's own stack.
+///
+/// From kernel 6.13 on (x86_64) a program with more than 64 bytes of stack has
+/// them in a place of its own for each CPU, unless it calls other programs
+/// (`bpf_enable_priv_stack` and `check_max_stack_depth` of
+/// kernel/bpf/verifier.c). A thread that is preempted in a program of uprobes
+/// loses them to the next one that runs it on that CPU: the kernel then follows
+/// pointers that are none, and crashes. So there is a call of `bpf_tail_call`
+/// (12), which is never reached.
+#[inline(always)]
+fn keep_own_stack() {
+    // SAFETY: sets a register, and jumps over the call.
+    unsafe {
+        asm!(
+            "r0 = 0",
+            "if r0 == 0 goto 1f",
+            "call 12",
+            "1:",
+            out("r0") _,
+            options(nomem, nostack),
+        );
+    }
+}
+
 /// What every program needs to count one hit.
 pub struct Hit<'a> {
     pub cookie: Cookie,
@@ -76,8 +100,9 @@ impl Hit<'_> {
     #[inline(always)]
     pub unsafe fn new<const SLOT: usize>(ctx: *mut c_void) -> Option<Self> {
         // SAFETY: as the caller says.
-        let cookie = Cookie::unpack(unsafe { bpf_get_attach_cookie(ctx) });
-        Self::of::<SLOT>(cookie)
+        let hit = unsafe { Self::uncounted(ctx) }?;
+        hit.counted::<SLOT>();
+        Some(hit)
     }
 
     /// As [`Hit::new`], without counting a hit: for the return of a call, which
@@ -88,6 +113,7 @@ impl Hit<'_> {
     /// As [`Hit::new`].
     #[inline(always)]
     pub unsafe fn uncounted(ctx: *mut c_void) -> Option<Self> {
+        keep_own_stack();
         // SAFETY: as the caller says.
         Self::find(Cookie::unpack(unsafe { bpf_get_attach_cookie(ctx) }))
     }
