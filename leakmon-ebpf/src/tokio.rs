@@ -147,7 +147,10 @@ pub fn tokio_poll_returned(ctx: RetProbeContext) -> u32 {
         return 0;
     }
     polls.depth -= 1;
-    let index = polls.depth as usize;
+    // Read anew: kernels before 6.13 do not see that a bound of the depth before is
+    // one of the depth now.
+    // SAFETY: the thread's own entry.
+    let index = unsafe { (&raw const polls.depth).read_volatile() } as usize;
     if index < NESTED_POLLS {
         end(&ctx, &hit, polls.polls[index]);
     }
