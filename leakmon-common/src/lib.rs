@@ -227,10 +227,13 @@ pub enum Dropped {
     TasksFull = 6,
     /// A map by thread is full: what one does is not counted.
     ThreadsFull = 7,
+    /// Before kernel 5.12: another CPU had the entry for too long. Something of a
+    /// task is not counted.
+    Contended = 8,
 }
 
 /// Variants of [`Dropped`].
-pub const DROP_REASONS: usize = 8;
+pub const DROP_REASONS: usize = 9;
 
 /// Value of `COUNTERS`, one for each CPU and target.
 #[repr(C)]
@@ -368,7 +371,7 @@ mod tests {
         assert_eq!(size_of::<WaitKey>(), 2 * 4 + 2 * 8 + WAIT_FRAMES * 8);
         assert_eq!(size_of::<WaitCount>(), (6 + HISTOGRAM_BUCKETS) * 8);
         assert_eq!(size_of::<Parked>(), 2 * 8 + 2 * 4 + WAIT_FRAMES * 8);
-        assert_eq!(size_of::<threads::KernelOffsets>(), 7 * 4);
+        assert_eq!(size_of::<threads::KernelOffsets>(), 9 * 4);
         assert_eq!(size_of::<threads::ThreadRecord>(), 7 * 8 + 2 * 4);
         assert_eq!(size_of::<tokio::TaskEntry>(), 7 * 8 + 2 * 4);
         assert_eq!(size_of::<tokio::Polls>(), 10 * 8);

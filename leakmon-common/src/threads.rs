@@ -19,6 +19,11 @@ pub struct KernelOffsets {
     pub live: u32,
     /// `task_struct.start_time`.
     pub start_time: u32,
+    /// `task_struct.stack`.
+    pub stack: u32,
+    /// `task_pt_regs`: the user's registers on that stack, from its lowest
+    /// address; 0: not known.
+    pub registers: u32,
 }
 
 /// One thread's registers and state, as the task iterator writes it.

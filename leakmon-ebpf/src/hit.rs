@@ -7,7 +7,7 @@ use core::ffi::c_void;
 use aya_ebpf::{
     EbpfContext,
     bindings::BPF_NOEXIST,
-    helpers::{bpf_get_attach_cookie, bpf_get_current_pid_tgid, bpf_probe_read_user},
+    helpers::{bpf_get_current_pid_tgid, bpf_probe_read_user},
 };
 use aya_log_ebpf::warn;
 use leakmon_common::{
@@ -15,7 +15,7 @@ use leakmon_common::{
     WaitKey, histogram_bucket, member_key,
 };
 
-use crate::maps::{COUNTERS, FREE_SLOTS, MEMBERS, SITES, TARGETS, WAIT_COUNTS, WAITS};
+use crate::maps::{COUNTERS, FREE_SLOTS, LOCKS, MEMBERS, SITES, TARGETS, WAIT_COUNTS, WAITS};
 
 /// Adds to a counter that other programs add to as well. The address is taken
 /// as a pointer, since no reference to it is exclusive.
@@ -44,7 +44,7 @@ pub unsafe fn add(counter: *mut u64, value: u64) {
 ///
 /// `word` must point into a map's value and be aligned to 8 bytes.
 #[inline(always)]
-pub unsafe fn exchange(word: *mut u64, old: u64, new: u64) -> u64 {
+unsafe fn exchange(word: *mut u64, old: u64, new: u64) -> u64 {
     let mut result = old;
     // SAFETY: one aligned 8-byte access to what the caller vouches for.
     unsafe {
@@ -57,6 +57,63 @@ pub unsafe fn exchange(word: *mut u64, old: u64, new: u64) -> u64 {
         );
     }
     result
+}
+
+/// As [`exchange`] of a word that other processors change as well. `OLD`: without
+/// the instruction, which came with kernel 5.12: by [`LOCKS`], and `None` when
+/// somebody else had the word for too long.
+///
+/// # Safety
+///
+/// As [`exchange`].
+#[inline(always)]
+pub unsafe fn exchange_shared<const OLD: bool>(word: *mut u64, old: u64, new: u64) -> Option<u64> {
+    /// Each takes about 0.1 us, and who has the word is not preempted.
+    const TRIES: u32 = 128;
+    if !OLD {
+        // SAFETY: as the caller says.
+        return Some(unsafe { exchange(word, old, new) });
+    }
+    let key = word as u64;
+    for _ in 0..TRIES {
+        if LOCKS.insert(key, 0, u64::from(BPF_NOEXIST)).is_ok() {
+            // SAFETY: as the caller says, and nobody else does the same now.
+            let found = unsafe { exchange_here(word, old, new) };
+            let _ = LOCKS.remove(key);
+            return Some(found);
+        }
+    }
+    None
+}
+
+/// As [`exchange`], where nothing comes between on other processors. `OLD`: before
+/// kernel 5.12 nothing does on this one either, for programs are not preempted.
+///
+/// # Safety
+///
+/// As [`exchange`].
+#[inline(always)]
+pub unsafe fn exchange_own<const OLD: bool>(word: *mut u64, old: u64, new: u64) -> u64 {
+    // SAFETY: as the caller says.
+    unsafe {
+        if OLD {
+            exchange_here(word, old, new)
+        } else {
+            exchange(word, old, new)
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn exchange_here(word: *mut u64, old: u64, new: u64) -> u64 {
+    // SAFETY: as the caller says.
+    unsafe {
+        let found = word.read_volatile();
+        if found == old {
+            word.write_volatile(new);
+        }
+        found
+    }
 }
 
 /// Keeps a program of uprobes on its thread's own stack.
@@ -81,6 +138,33 @@ fn keep_own_stack() {
             options(nomem, nostack),
         );
     }
+}
+
+/// The attach cookie of the place that is hit. Behind the call of
+/// `bpf_get_attach_cookie` (174) there is room for a second instruction: for
+/// kernels without it, user space puts the cookie itself there, a constant of two.
+///
+/// # Safety
+///
+/// `ctx` is the context of a program of uprobes.
+#[inline(always)]
+unsafe fn attach_cookie(ctx: *mut c_void) -> u64 {
+    let cookie;
+    // SAFETY: a helper's call, which leaves none of its arguments' registers.
+    unsafe {
+        asm!(
+            "call 174",
+            "goto +0",
+            inlateout("r1") ctx => _,
+            lateout("r0") cookie,
+            lateout("r2") _,
+            lateout("r3") _,
+            lateout("r4") _,
+            lateout("r5") _,
+            options(nostack),
+        );
+    }
+    cookie
 }
 
 /// What every program needs to count one hit.
@@ -115,7 +199,7 @@ impl Hit<'_> {
     pub unsafe fn uncounted(ctx: *mut c_void) -> Option<Self> {
         keep_own_stack();
         // SAFETY: as the caller says.
-        Self::find(Cookie::unpack(unsafe { bpf_get_attach_cookie(ctx) }))
+        Self::find(Cookie::unpack(unsafe { attach_cookie(ctx) }))
     }
 
     /// As [`Hit::new`], for a target that is known otherwise than by a link.
@@ -291,7 +375,7 @@ pub fn count_resume(slot: u32, nanos: u64) {
 
 /// Counts that a task ran for so long.
 #[inline(always)]
-pub fn count_run(slot: u32, nanos: u64) {
+pub fn count_run<const OLD: bool>(slot: u32, nanos: u64) {
     let Some(count) = WAIT_COUNTS.get_ptr_mut(slot) else {
         return;
     };
@@ -302,10 +386,10 @@ pub fn count_run(slot: u32, nanos: u64) {
         let longest = &raw mut (*count).longest_ns;
         let before = longest.read_volatile();
         if nanos > before {
-            let found = exchange(longest, before, nanos);
+            let found = exchange_own::<OLD>(longest, before, nanos);
             // Another program on this CPU came between; a third one does not.
             if found != before && nanos > found {
-                exchange(longest, found, nanos);
+                exchange_own::<OLD>(longest, found, nanos);
             }
         }
     }

@@ -63,6 +63,11 @@ pub static ITERATED: Array<u32> = Array::with_max_entries(1, 0);
 #[map]
 pub static TASKS: HashMap<u64, TaskEntry> = HashMap::with_max_entries(1 << 18, BPF_F_NO_PREALLOC);
 
+/// Words of entries that are being changed, by their address, where there is no
+/// instruction for it (before kernel 5.12): one for each CPU, for a moment.
+#[map]
+pub static LOCKS: HashMap<u64, u8> = HashMap::with_max_entries(8 * 1024, 0);
+
 /// The polls that a thread is in, by process and thread id.
 #[map]
 pub static POLLING: HashMap<u64, Polls> = HashMap::with_max_entries(16 * 1024, BPF_F_NO_PREALLOC);

@@ -86,27 +86,55 @@ pub fn kernel<T>(base: *const c_void, offset: u32) -> Option<T> {
     unsafe { bpf_probe_read_kernel(at) }.ok()
 }
 
+/// Where a thread's registers are that it entered the kernel with, at the end of
+/// its stack there; `None` where that is not known.
+#[inline(always)]
+pub fn registers(task: *const c_void) -> Option<*const c_void> {
+    let offsets = KERNEL_OFFSETS.get(0)?;
+    if offsets.registers == 0 {
+        return None;
+    }
+    let stack = kernel::<*const c_void>(task, offsets.stack)?;
+    Some(stack.wrapping_byte_add(offsets.registers as usize))
+}
+
 /// Writes one record for each thread of the process in `ITERATED`.
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task")]
 pub extern "C" fn thread_registers(context: *mut c_void) -> u32 {
+    each::<false>(context)
+}
+
+/// The same for kernels without `bpf_task_pt_regs` (before 5.15).
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/task")]
+pub extern "C" fn thread_registers_old(context: *mut c_void) -> u32 {
+    each::<true>(context)
+}
+
+#[inline(always)]
+fn each<const OLD: bool>(context: *mut c_void) -> u32 {
     // SAFETY: the kernel passes this struct.
     let context = unsafe { &*context.cast::<Context>() };
     if !context.task.is_null() {
-        write(context);
+        write::<OLD>(context);
     }
     0
 }
 
 #[inline(always)]
-fn write(context: &Context) -> Option<()> {
+fn write<const OLD: bool>(context: &Context) -> Option<()> {
     let offsets = KERNEL_OFFSETS.get(0)?;
     let [tid, tgid] = kernel::<[u32; 2]>(context.task, offsets.pid)?;
     if tgid != *ITERATED.get(0)? {
         return None;
     }
-    // SAFETY: the iterator's own task.
-    let regs = unsafe { bpf_task_pt_regs(context.task.cast()) } as *const c_void;
+    let regs = if OLD {
+        registers(context.task)?
+    } else {
+        // SAFETY: the iterator's own task.
+        unsafe { bpf_task_pt_regs(context.task.cast()) as *const c_void }
+    };
     let regs = kernel::<[u64; user::WORDS]>(regs, 0)?;
     let record = ThreadRecord {
         voluntary: kernel(context.task, offsets.nvcsw)?,

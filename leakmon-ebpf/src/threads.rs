@@ -8,8 +8,8 @@ use core::ffi::c_void;
 use aya_ebpf::{
     EbpfContext,
     helpers::{
-        bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_ktime_get_ns, bpf_probe_read_user,
-        bpf_probe_read_user_buf, generated::bpf_task_pt_regs,
+        bpf_get_current_pid_tgid, bpf_get_current_task, bpf_get_current_task_btf, bpf_ktime_get_ns,
+        bpf_probe_read_user, bpf_probe_read_user_buf, generated::bpf_task_pt_regs,
     },
     macros::{raw_tracepoint, uprobe},
     programs::{ProbeContext, RawTracePointContext},
@@ -20,12 +20,12 @@ use leakmon_common::{
     threads::{Layout, NO_SYSCALL, STACK_BYTES, ThreadEntry, blocked_place, event, reason, slot},
 };
 
-use crate::hit::{End, Hit, add, count_park, count_resume, exchange};
+use crate::hit::{End, Hit, add, count_park, count_resume, exchange_own};
 use crate::maps::{
     BLOCKED, CREATING, EVENTS, EVENTS_LOST, KERNEL_OFFSETS, PROCESSES, SCRATCH, STACKS, SWITCHES,
     THREADS, WATCHED,
 };
-use crate::registers::{kernel, user};
+use crate::registers::{kernel, registers, user};
 
 /// `CLONE_THREAD` of include/uapi/linux/sched.h.
 const CLONE_THREAD: u64 = 0x10000;
@@ -89,6 +89,17 @@ fn call(ctx: &ProbeContext) -> Option<Call> {
 /// makes has this site.
 #[uprobe]
 pub fn thread_create(ctx: ProbeContext) -> u32 {
+    create::<false>(ctx)
+}
+
+/// The same before kernel 5.12.
+#[uprobe]
+pub fn thread_create_old(ctx: ProbeContext) -> u32 {
+    create::<true>(ctx)
+}
+
+#[inline(always)]
+fn create<const OLD: bool>(ctx: ProbeContext) -> u32 {
     // SAFETY: the context is the program's own.
     let Some(hit) = (unsafe { Hit::new::<{ slot::CREATE }>(ctx.as_ptr()) }) else {
         return 0;
@@ -119,13 +130,13 @@ pub fn thread_create(ctx: ProbeContext) -> u32 {
     {
         warn!(&ctx, "the map of threads being made is full");
     }
-    copy_stack(&hit, site, &call);
+    copy_stack::<OLD>(&hit, site, &call);
     0
 }
 
 /// Keeps the stack of a site's first thread.
 #[inline(always)]
-fn copy_stack(hit: &Hit<'_>, site: SiteKey, call: &Call) {
+fn copy_stack<const OLD: bool>(hit: &Hit<'_>, site: SiteKey, call: &Call) {
     const CHUNK: usize = 1024;
     let key = TargetSite {
         target: u64::from(hit.cookie.target),
@@ -140,7 +151,7 @@ fn copy_stack(hit: &Hit<'_>, site: SiteKey, call: &Call) {
     // SAFETY: the map's value. Whoever has its lock is the only one that uses it.
     unsafe {
         // Another thread may be probed on this CPU before this program ends.
-        if exchange(&raw mut (*copy).lock, 0, 1) != 0 {
+        if exchange_own::<OLD>(&raw mut (*copy).lock, 0, 1) != 0 {
             return;
         }
         (*copy).ip = call.ip;
@@ -157,7 +168,7 @@ fn copy_stack(hit: &Hit<'_>, site: SiteKey, call: &Call) {
         }
         (*copy).length = length;
         let _ = STACKS.insert(key, &*copy, 0);
-        exchange(&raw mut (*copy).lock, 1, 0);
+        exchange_own::<OLD>(&raw mut (*copy).lock, 1, 0);
     }
 }
 
@@ -262,24 +273,62 @@ fn exit(ctx: &RawTracePointContext) -> Option<()> {
 /// `sched_switch`, in the thread that is taken from the CPU.
 #[raw_tracepoint]
 pub fn thread_switch(ctx: RawTracePointContext) -> i32 {
+    switch::<false>(&ctx)
+}
+
+/// The same for kernels whose tracepoint does not tell the state (before 5.18), or
+/// that have no `bpf_task_pt_regs` (before 5.15).
+#[raw_tracepoint]
+pub fn thread_switch_old(ctx: RawTracePointContext) -> i32 {
+    switch::<true>(&ctx)
+}
+
+#[inline(always)]
+fn switch<const OLD: bool>(ctx: &RawTracePointContext) -> i32 {
     if let Some(switches) = SWITCHES.get_ptr_mut(0) {
         // SAFETY: the map's value: no other program writes it, and a CPU switches
         // one thread at a time.
         unsafe { *switches += 1 };
     }
-    off(&ctx);
-    on(&ctx);
+    off::<OLD>(ctx);
+    on(ctx);
     0
+}
+
+/// In which state the current thread is taken from its CPU. It has none other
+/// before it is off, for the lock of the CPU's queue is held.
+#[inline(always)]
+fn state<const OLD: bool>(ctx: &RawTracePointContext) -> Option<u64> {
+    /// `TASK_INTERRUPTIBLE` of include/linux/sched.h, for a thread that is none:
+    /// see `run_tracepoint` in user space.
+    const INTERRUPTIBLE: u32 = 1;
+    if OLD {
+        let task = ctx.arg::<*const c_void>(1);
+        let state = kernel::<u32>(task, KERNEL_OFFSETS.get(0)?.state);
+        return Some(u64::from(state.unwrap_or(INTERRUPTIBLE)));
+    }
+    // An unsigned int: its upper half means nothing.
+    Some(ctx.arg::<u64>(3) & 0xffff_ffff)
+}
+
+/// The registers with which the current thread entered the kernel.
+#[inline(always)]
+fn own_registers<const OLD: bool>() -> Option<*const c_void> {
+    if OLD {
+        // SAFETY: gives an address.
+        return registers(unsafe { bpf_get_current_task() } as *const c_void);
+    }
+    // SAFETY: the current thread's.
+    Some(unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) } as *const c_void)
 }
 
 /// The current thread is taken from its CPU.
 #[inline(always)]
-fn off(ctx: &RawTracePointContext) -> Option<()> {
+fn off<const OLD: bool>(ctx: &RawTracePointContext) -> Option<()> {
     let current = bpf_get_current_pid_tgid();
     let cookie = watched((current >> 32) as u32)?;
     let hit = Hit::of::<{ slot::SWITCH }>(cookie)?;
-    // An unsigned int: its upper half means nothing.
-    let state = ctx.arg::<u64>(3) & 0xffff_ffff;
+    let state = state::<OLD>(ctx)?;
     if hit.target.blocking_since == 0 || state & TASK_DEAD != 0 {
         return None;
     }
@@ -307,9 +356,7 @@ fn off(ctx: &RawTracePointContext) -> Option<()> {
         return None;
     }
     thread.voluntary += 1;
-    // SAFETY: the current thread's.
-    let regs = unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) } as *const c_void;
-    let [syscall, first, second] = user::call(regs)?;
+    let [syscall, first, second] = user::call(own_registers::<OLD>()?)?;
     let syscall = syscall as u32;
     let why = if syscall == FUTEX {
         reason(syscall, second as u32)

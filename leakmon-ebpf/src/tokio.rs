@@ -22,7 +22,7 @@ use leakmon_common::{
     },
 };
 
-use crate::hit::{End, Hit, count_park, count_resume, count_run, exchange};
+use crate::hit::{End, Hit, count_park, count_resume, count_run, exchange_shared};
 use crate::maps::{POLLING, TASKS};
 
 /// First argument of a function in C's calling convention.
@@ -81,14 +81,14 @@ pub extern "C" fn tokio_poll_session(context: *mut c_void) -> u32 {
         let poll = unsafe { *cookie };
         // SAFETY: the context is the program's own.
         if let Some(hit) = unsafe { Hit::uncounted(context) } {
-            end(&ctx, &hit, poll);
+            end::<false, _>(&ctx, &hit, poll);
         }
         return 0;
     }
     let Some(hit) = call(context) else {
         return 1;
     };
-    let Some(poll) = begin(&ctx, &hit, first(&ctx)) else {
+    let Some(poll) = begin::<false, _>(&ctx, &hit, first(&ctx)) else {
         return 1;
     };
     // SAFETY: the session's own word.
@@ -99,10 +99,21 @@ pub extern "C" fn tokio_poll_session(context: *mut c_void) -> u32 {
 /// A call of `poll`.
 #[uprobe]
 pub fn tokio_poll(ctx: ProbeContext) -> u32 {
+    called::<false>(ctx)
+}
+
+/// The same before kernel 5.12.
+#[uprobe]
+pub fn tokio_poll_old(ctx: ProbeContext) -> u32 {
+    called::<true>(ctx)
+}
+
+#[inline(always)]
+fn called<const OLD: bool>(ctx: ProbeContext) -> u32 {
     let Some(hit) = call(ctx.as_ptr()) else {
         return 0;
     };
-    let poll = begin(&ctx, &hit, first(&ctx)).unwrap_or(0);
+    let poll = begin::<OLD, _>(&ctx, &hit, first(&ctx)).unwrap_or(0);
     let thread = bpf_get_current_pid_tgid();
     let since = hit.target.lifecycle_since;
     if let Some(polls) = POLLING.get_ptr_mut(thread) {
@@ -134,6 +145,17 @@ pub fn tokio_poll(ctx: ProbeContext) -> u32 {
 /// The return of a `poll`.
 #[uretprobe]
 pub fn tokio_poll_returned(ctx: RetProbeContext) -> u32 {
+    returned::<false>(ctx)
+}
+
+/// The same before kernel 5.12.
+#[uretprobe]
+pub fn tokio_poll_returned_old(ctx: RetProbeContext) -> u32 {
+    returned::<true>(ctx)
+}
+
+#[inline(always)]
+fn returned<const OLD: bool>(ctx: RetProbeContext) -> u32 {
     // SAFETY: the context is the program's own.
     let Some(hit) = (unsafe { Hit::uncounted(ctx.as_ptr()) }) else {
         return 0;
@@ -152,7 +174,7 @@ pub fn tokio_poll_returned(ctx: RetProbeContext) -> u32 {
     // SAFETY: the thread's own entry.
     let index = unsafe { (&raw const polls.depth).read_volatile() } as usize;
     if index < NESTED_POLLS {
-        end(&ctx, &hit, polls.polls[index]);
+        end::<OLD, _>(&ctx, &hit, polls.polls[index]);
     }
     0
 }
@@ -161,6 +183,17 @@ pub fn tokio_poll_returned(ctx: RetProbeContext) -> u32 {
 /// without a poll. One that is being polled ends with that poll.
 #[uprobe]
 pub fn tokio_shutdown(ctx: ProbeContext) -> u32 {
+    shut_down::<false>(ctx)
+}
+
+/// The same before kernel 5.12.
+#[uprobe]
+pub fn tokio_shutdown_old(ctx: ProbeContext) -> u32 {
+    shut_down::<true>(ctx)
+}
+
+#[inline(always)]
+fn shut_down<const OLD: bool>(ctx: ProbeContext) -> u32 {
     // SAFETY: the context is the program's own.
     let Some(hit) = (unsafe { Hit::new::<{ slot::SHUTDOWN }>(ctx.as_ptr()) }) else {
         return 0;
@@ -181,7 +214,7 @@ pub fn tokio_shutdown(ctx: ProbeContext) -> u32 {
     if state & (RUNNING | COMPLETE) != 0 || (id != 0 && hit.read(header, id) != Some(entry.id)) {
         return 0;
     }
-    ended(&ctx, &hit, entry, entry.owner);
+    ended::<OLD, _>(&ctx, &hit, entry, entry.owner);
     0
 }
 
@@ -196,38 +229,50 @@ fn site(entry: &TaskEntry) -> SiteKey {
 
 /// Counts the end of the task that had `owner`, unless somebody else does.
 #[inline(always)]
-fn ended<C: EbpfContext>(ctx: &C, hit: &Hit<'_>, entry: &mut TaskEntry, owner: u64) {
+fn ended<const OLD: bool, C: EbpfContext>(
+    ctx: &C,
+    hit: &Hit<'_>,
+    entry: &mut TaskEntry,
+    owner: u64,
+) {
     // Before the exchange: behind it, the entry may be written anew.
     let site = site(entry);
-    // SAFETY: the map's value.
-    if owner != 0
-        && unsafe { exchange(&raw mut entry.owner, owner, 0) } == owner
-        && hit.target.learning == 0
+    if owner != 0 && change::<OLD>(hit, &raw mut entry.owner, owner, 0) && hit.target.learning == 0
     {
         hit.count(ctx, site, End::Exited);
     }
+}
+
+/// Sets a word of an entry if it is `old`; whether it was.
+#[inline(always)]
+fn change<const OLD: bool>(hit: &Hit<'_>, word: *mut u64, old: u64, new: u64) -> bool {
+    // SAFETY: the map's value.
+    let found = unsafe { exchange_shared::<OLD>(word, old, new) };
+    if found.is_none() {
+        hit.dropped(Dropped::Contended);
+    }
+    found == Some(old)
 }
 
 /// Counts the run of the poll that began at `since`, unless somebody else does: its
 /// return, and the start of the next poll of the task, or of another one in its
 /// memory, may come at once on two threads.
 #[inline(always)]
-fn settle(entry: &mut TaskEntry, since: u64, now: u64) -> bool {
+fn settle<const OLD: bool>(hit: &Hit<'_>, entry: &mut TaskEntry, since: u64, now: u64) -> bool {
     // Before the exchange: who begins the next poll reads the one behind it, and
     // may write the entry anew.
     entry.last_end = now;
     let slot = entry.slot;
-    // SAFETY: the map's value.
-    let ours = unsafe { exchange(&raw mut entry.polling_since, since, 0) } == since;
+    let ours = change::<OLD>(hit, &raw mut entry.polling_since, since, 0);
     if ours {
-        count_run(slot, now.wrapping_sub(since));
+        count_run::<OLD>(slot, now.wrapping_sub(since));
     }
     ours
 }
 
 /// A poll begins; the word that its return needs, when the task is followed.
 #[inline(always)]
-fn begin<C: EbpfContext>(ctx: &C, hit: &Hit<'_>, header: u64) -> Option<u64> {
+fn begin<const OLD: bool, C: EbpfContext>(ctx: &C, hit: &Hit<'_>, header: u64) -> Option<u64> {
     if hit.target.lifecycle_since == 0 {
         return None;
     }
@@ -251,7 +296,7 @@ fn begin<C: EbpfContext>(ctx: &C, hit: &Hit<'_>, header: u64) -> Option<u64> {
             let since = unsafe { (&raw const entry.polling_since).read_volatile() };
             // Its return has not come yet.
             if since >= hit.target.lifecycle_since
-                && settle(entry, since, now)
+                && settle::<OLD>(hit, entry, since, now)
                 && same
                 && blocking != 0
             {
@@ -273,7 +318,7 @@ fn begin<C: EbpfContext>(ctx: &C, hit: &Hit<'_>, header: u64) -> Option<u64> {
         }
         // Its memory is another's by now. The one of the two that ends the task
         // counts its end.
-        ended(ctx, hit, entry, entry.owner);
+        ended::<OLD, _>(ctx, hit, entry, entry.owner);
     }
     let words: [u64; HEADER_WORDS] = hit.read(header, 0)?;
     let (vtable, list) = identity(hit, &words);
@@ -334,7 +379,7 @@ fn identity(hit: &Hit<'_>, words: &[u64; HEADER_WORDS]) -> (u64, u64) {
 
 /// A poll ends, which [`begin`] gave.
 #[inline(always)]
-fn end<C: EbpfContext>(ctx: &C, hit: &Hit<'_>, poll: u64) {
+fn end<const OLD: bool, C: EbpfContext>(ctx: &C, hit: &Hit<'_>, poll: u64) {
     if poll == 0 || hit.target.lifecycle_since == 0 {
         return;
     }
@@ -357,14 +402,14 @@ fn end<C: EbpfContext>(ctx: &C, hit: &Hit<'_>, poll: u64) {
     // and counted what there was to count; or the probes were away meanwhile.
     if since < hit.target.lifecycle_since
         || owner(header, since) != poll
-        || !settle(entry, since, now)
+        || !settle::<OLD>(hit, entry, since, now)
     {
         return;
     }
     // `task` was the task of this poll: the next one's is written after it is
     // settled.
     if has_ended(hit, header, entry) {
-        ended(ctx, hit, entry, task);
+        ended::<OLD, _>(ctx, hit, entry, task);
     } else if hit.target.blocking_since != 0 {
         count_park(entry.slot);
     }

@@ -3,6 +3,9 @@
 
 use std::collections::HashMap;
 
+/// The kernel's types.
+const KERNEL: &str = "/sys/kernel/btf/vmlinux";
+
 /// `BTF_MAGIC` of include/uapi/linux/btf.h.
 const MAGIC: u16 = 0xeb9f;
 
@@ -31,6 +34,8 @@ const DEPTH: usize = 8;
 struct Members {
     at: usize,
     count: usize,
+    /// Bytes of the whole.
+    size: u32,
     /// The offsets' upper 8 bits are sizes of bit fields.
     bit_fields: bool,
 }
@@ -47,6 +52,17 @@ pub(super) struct Btf {
 }
 
 impl Btf {
+    /// The running kernel's.
+    ///
+    /// # Errors
+    ///
+    /// Why there are none, in words.
+    pub(super) fn of_kernel() -> Result<Btf, String> {
+        let data = std::fs::read(KERNEL)
+            .map_err(|error| format!("{KERNEL}: {error} (CONFIG_DEBUG_INFO_BTF)"))?;
+        Btf::parse(data).ok_or_else(|| format!("{KERNEL} is malformed"))
+    }
+
     /// Reads the types; `None` when they are malformed.
     pub(super) fn parse(data: Vec<u8>) -> Option<Btf> {
         if u16::from_le_bytes(data.get(..2)?.try_into().ok()?) != MAGIC {
@@ -88,10 +104,11 @@ impl Btf {
                     let members = Members {
                         at,
                         count,
+                        size: word(&btf.data, at - 4)?,
                         bit_fields: info >> 31 != 0,
                     };
                     btf.structs.insert(id, members);
-                    if kind == STRUCT && name != 0 {
+                    if name != 0 {
                         let name = btf.string(name)?.to_owned();
                         btf.named.entry(name).or_insert(id);
                     }
@@ -126,6 +143,11 @@ impl Btf {
     /// structs and unions are its own.
     pub(super) fn offset(&self, of: &str, member: &str) -> Option<u32> {
         self.find(*self.named.get(of)?, member, DEPTH)
+    }
+
+    /// Bytes of a struct or union.
+    pub(super) fn size(&self, of: &str) -> Option<u32> {
+        Some(self.structs.get(self.named.get(of)?)?.size)
     }
 
     fn find(&self, id: u32, member: &str, depth: usize) -> Option<u32> {
@@ -213,6 +235,7 @@ mod tests {
         assert_eq!(btf.offset("s", "c"), None);
         assert_eq!(btf.offset("s", "d"), None);
         assert_eq!(btf.offset("t", "a"), None);
+        assert_eq!((btf.size("s"), btf.size("t")), (Some(24), None));
         assert_eq!(btf.function("bpf_f"), Some(4));
     }
 

@@ -188,6 +188,7 @@ impl Drops {
             (Dropped::LostResume, "resume not seen"),
             (Dropped::TasksFull, "task map full"),
             (Dropped::ThreadsFull, "thread map full"),
+            (Dropped::Contended, "task in use on another CPU"),
         ]
         .into_iter()
         .map(|(reason, words)| (words, self.0[reason as usize]))

@@ -9,8 +9,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuValues, Queue, RingBuf};
-use aya::programs::uprobe::{UProbeAttachLocation, UProbeAttachPoint, UProbeLink, UProbeScope};
-use aya::programs::{ProgramError, UProbe};
 use aya::{Ebpf, EbpfLoader};
 use aya_log::EbpfLogger;
 use leakmon_common::threads::{KernelOffsets, StackCopy, ThreadEntry};
@@ -26,16 +24,15 @@ use super::counts::{
 };
 use super::error::{Error, errno};
 use super::events::ProcessEvents;
-use super::object::{OBJECT, Object};
+use super::features::{self, Features};
+use super::object::{Cookies, Image, Object};
 use super::others::{self, CpuReading, Others};
 use super::plan::{Code, Kind, Place, Plan, Role, Tier};
 use super::pool::{OWN_LINKS, Pool, PoolKey, Shared};
-use super::registers::{self, ThreadRegisters};
-use super::sys::{self, ProgramType, When};
+use super::registers::{self, ThreadRegisters, Witness};
+use super::sys::{self, ProgramType, Uprobe, When};
+use crate::process::capabilities::{Facts, KernelVersion};
 use crate::task::{Histogram, Runs, SiteFlow, SiteKey};
-
-/// The kernel's types.
-const BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// The program of the tracepoint of switches.
 const SWITCH: &str = "thread_switch";
@@ -84,6 +81,19 @@ impl Limits {
             targets: MAX_TARGETS,
         }
     }
+
+    /// What remains where every entry is allocated beforehand: about 30 MiB.
+    fn on(self, features: &Features) -> Limits {
+        if features.allocator {
+            return self;
+        }
+        Limits {
+            sites: self.sites.min(4 * 1024),
+            goroutines: self.goroutines.min(1 << 17),
+            tasks: self.tasks.min(1 << 16),
+            ..self
+        }
+    }
 }
 
 /// How programs are tied to places.
@@ -91,8 +101,8 @@ impl Limits {
 pub enum Way {
     /// One uprobe_multi link for all places of a role: kernel 6.6 and later.
     Multi,
-    /// One perf event for each place: kernel 5.15 and later. Detaching waits for
-    /// the kernel once for each place.
+    /// One perf event for each place: every kernel. Detaching waits for the kernel
+    /// once for each place.
     PerfEvent,
 }
 
@@ -102,7 +112,8 @@ const EMPTY: &str = "empty";
 /// What keeps places attached. Dropping it detaches.
 enum Links {
     Multi(OwnedFd),
-    PerfEvent(Vec<UProbeLink>),
+    /// Each with its program, which may be a copy of its own.
+    PerfEvent(Vec<(Uprobe, Arc<OwnedFd>)>),
     /// Of the whole machine, for all targets.
     Tracepoint(Arc<OwnedFd>),
 }
@@ -127,11 +138,14 @@ enum Index {
 
 struct State {
     way: Way,
-    /// Holds what was not taken of it: aya's programs, and maps.
-    ebpf: Box<Ebpf>,
+    features: Features,
+    /// Holds the maps that were not taken of it.
+    _ebpf: Box<Ebpf>,
     object: Object,
     /// By name, as far as they are loaded; `None`: this kernel cannot have it.
     programs: HashMap<&'static str, Option<Arc<OwnedFd>>>,
+    /// By name and cookie, for kernels that keep no cookies.
+    copies: HashMap<(&'static str, u64), Weak<OwnedFd>>,
     targets: Array<MapData, Target>,
     counters: PerCpuArray<MapData, Counters>,
     // The hash maps are read in batches, for which aya has no call.
@@ -144,8 +158,8 @@ struct State {
     cpus: usize,
     indices: Vec<Index>,
     epoch: u32,
-    /// The kernel's types, read when they are first needed.
-    types: Option<Types>,
+    /// The kernel's types, or why there are none.
+    types: Result<Types, String>,
     /// The kernel side knows where the kernel's structs have their fields.
     described: bool,
     offsets: Array<MapData, KernelOffsets>,
@@ -188,11 +202,13 @@ impl Kernel {
     ///
     /// [`Error::Permission`] names the missing capability.
     pub fn load() -> Result<Kernel, Error> {
-        match Kernel::load_for(Way::Multi) {
-            // EINVAL: the kernel does not know uprobe_multi.
-            Err(Error::Program { .. }) => Kernel::load_for(Way::PerfEvent),
+        let loaded = match Kernel::load_for(Way::Multi) {
+            Err(Error::Unsupported { .. } | Error::Program { .. }) => {
+                Kernel::load_for(Way::PerfEvent)
+            }
             other => other,
-        }
+        };
+        loaded.map_err(too_old)
     }
 
     /// Loads the programs for one way of attaching.
@@ -211,6 +227,19 @@ impl Kernel {
     /// As [`Kernel::load_for`].
     pub fn load_with(way: Way, limits: Limits) -> Result<Kernel, Error> {
         let cpus = cpus()?;
+        let btf = Btf::of_kernel();
+        let features = Features::detect(btf.as_ref().ok())?;
+        if way == Way::Multi && !features.multi {
+            return Err(Error::Unsupported {
+                what: "probes by uprobe_multi links",
+                why: "this kernel has none".to_owned(),
+            });
+        }
+        if !features.own_memory {
+            features::raise_memory_limit()?;
+        }
+        let limits = limits.on(&features);
+        let image = Image::new(features.allocator)?;
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("TASKS", limits.tasks)
             .map_max_entries("TARGETS", limits.targets)
@@ -221,7 +250,7 @@ impl Kernel {
             .map_max_entries("WAITS", limits.waits)
             .map_max_entries("FREE_SLOTS", limits.waits)
             .map_max_entries("WAIT_COUNTS", limits.waits)
-            .load(OBJECT)
+            .load(image.bytes())
             .map_err(|error| match errno(&error) {
                 Some(source) => Error::or_permission("bpf", source, |_| Error::Load(error)),
                 None => Error::Load(error),
@@ -252,13 +281,15 @@ impl Kernel {
             logger: EbpfLogger::init(&mut ebpf)
                 .map_err(|error| Error::Object(error.to_string()))?,
             way,
-            ebpf: Box::new(ebpf),
+            features,
+            _ebpf: Box::new(ebpf),
             object,
             programs: HashMap::new(),
+            copies: HashMap::new(),
             cpus,
             indices: vec![Index::Free; limits.targets as usize],
             epoch: 0,
-            types: None,
+            types: btf.map(|btf| Types::of(&btf)),
             described: false,
             tasks,
             threads,
@@ -274,15 +305,25 @@ impl Kernel {
             offsets,
             iterated,
         };
+        // What this takes is told where it is needed. It makes a thread, which would
+        // be counted by then where leakmon watches itself.
+        if !state.features.registers {
+            let _ = state.describe_kernel(EVENTS);
+        }
         // One that this kernel must take, if it takes any.
         match way {
             Way::Multi => drop(state.program(EMPTY, ProgramType::UprobeMulti)?),
-            Way::PerfEvent => drop(state.uprobe(EMPTY)?),
+            Way::PerfEvent => drop(state.program(EMPTY, ProgramType::Uprobe)?),
         }
         Ok(Kernel {
             shared: Arc::new(Mutex::new(state)),
             way,
         })
+    }
+
+    /// What this kernel has.
+    pub fn features(&self) -> Features {
+        lock(&self.shared).features
     }
 
     /// How programs are tied to places.
@@ -517,6 +558,21 @@ impl Drop for Empty {
     }
 }
 
+/// What is to be said of a kernel that leakmon does not support, whatever it lacks.
+fn too_old(error: Error) -> Error {
+    match (&error, Facts::gather().kernel) {
+        (Error::Permission { .. }, _) => error,
+        (_, Some(kernel)) if kernel < KernelVersion::PROBES => Error::Unsupported {
+            what: "probes",
+            why: format!(
+                "kernel {kernel} is too old, they need {}; a census needs none of it",
+                KernelVersion::PROBES
+            ),
+        },
+        _ => error,
+    }
+}
+
 /// Possible CPUs, for which the kernel keeps values of per-CPU maps.
 fn cpus() -> Result<usize, Error> {
     aya::util::nr_cpus().map_err(|(path, source)| Error::File {
@@ -547,20 +603,6 @@ fn take_data(ebpf: &mut Ebpf, name: &'static str) -> Result<MapData, Error> {
         Some(Map::HashMap(data) | Map::PerCpuHashMap(data)) => Ok(data),
         _ => Err(Error::Object(format!("it has no hash map {name}"))),
     }
-}
-
-/// The verifier's answer, from aya.
-fn program_error(program: &'static str, error: ProgramError) -> Error {
-    let log = match &error {
-        ProgramError::LoadError { verifier_log, .. } => verifier_log.to_string(),
-        _ => String::new(),
-    };
-    let source = errno(&error).unwrap_or_else(|| std::io::Error::other(error));
-    Error::or_permission("bpf", source, |source| Error::Program {
-        program,
-        source,
-        log,
-    })
 }
 
 /// The path by which the kernel finds the file that a process runs or has mapped,
@@ -607,6 +649,8 @@ struct Types {
     functions: HashMap<&'static str, u32>,
     /// Or which field this kernel lacks.
     offsets: Result<KernelOffsets, String>,
+    /// Bytes of a `pt_regs`.
+    registers: Option<u32>,
 }
 
 /// The kernel's functions that programs are of, or call.
@@ -624,6 +668,7 @@ impl Types {
                 .filter_map(|name| Some((name, btf.function(name)?)))
                 .collect(),
             offsets: Types::offsets(btf),
+            registers: btf.size("pt_regs"),
         }
     }
 
@@ -640,6 +685,9 @@ impl Types {
             signal: offset("task_struct", "signal")?,
             live: offset("signal_struct", "live")?,
             start_time: offset("task_struct", "start_time")?,
+            stack: offset("task_struct", "stack")?,
+            // See `State::find_registers`.
+            registers: 0,
         };
         if offset("task_struct", "tgid")? != offsets.pid + 4 {
             return Err("task_struct.tgid is not behind pid".to_owned());
@@ -668,28 +716,56 @@ impl State {
         self.offsets
             .set(0, offsets, 0)
             .map_err(map_error("describe the kernel"))?;
+        if !self.features.registers {
+            self.find_registers(what, offsets)?;
+        }
         self.described = true;
         Ok(())
     }
 
-    /// What is needed of the kernel's types, read once.
-    fn types(&mut self, what: &'static str) -> Result<&Types, Error> {
-        let types = match self.types.take() {
-            Some(types) => types,
-            None => {
-                let unsupported = |why: String| Error::Unsupported { what, why };
-                let data = std::fs::read(BTF).map_err(|error| {
-                    unsupported(format!("{BTF}: {error} (CONFIG_DEBUG_INFO_BTF)"))
-                })?;
-                let btf = Btf::parse(data);
-                Types::of(&btf.ok_or_else(|| unsupported(format!("{BTF} is malformed")))?)
-            }
+    /// Tells the kernel side where a thread's registers lie on its stack in the
+    /// kernel, for kernels that do not say so; proven by a thread of leakmon's own.
+    fn find_registers(&mut self, what: &'static str, found: KernelOffsets) -> Result<(), Error> {
+        let unknown = || Error::Unsupported {
+            what,
+            why: "the kernel does not say where a thread's registers are".to_owned(),
         };
-        Ok(self.types.insert(types))
+        let size = self.types(what)?.registers.ok_or_else(unknown)?;
+        let id = self.function(what, "bpf_iter_task")?;
+        let iterator = self.program("thread_registers", ProgramType::TaskIterator(id))?;
+        let witness = Witness::start()?;
+        let pid = std::process::id();
+        let set = map_error("describe the kernel");
+        self.iterated.set(0, pid, 0).map_err(&set)?;
+        for stack in registers::STACK_SIZES {
+            let offsets = KernelOffsets {
+                registers: stack - size,
+                ..found
+            };
+            self.offsets.set(0, offsets, 0).map_err(&set)?;
+            let file = sys::iterate_tasks(iterator.as_fd(), pid).map_err(|source| {
+                Error::or_permission("bpf", source, |source| Error::Unsupported {
+                    what,
+                    why: source.to_string(),
+                })
+            })?;
+            if witness.is_in(&registers::read(file)?) {
+                return Ok(());
+            }
+        }
+        Err(unknown())
+    }
+
+    /// What is needed of the kernel's types.
+    fn types(&self, what: &'static str) -> Result<&Types, Error> {
+        self.types.as_ref().map_err(|why| Error::Unsupported {
+            what,
+            why: why.clone(),
+        })
     }
 
     /// The BTF id of a function of the kernel, one of [`FUNCTIONS`].
-    fn function(&mut self, what: &'static str, name: &'static str) -> Result<u32, Error> {
+    fn function(&self, what: &'static str, name: &'static str) -> Result<u32, Error> {
         let id = self.types(what)?.functions.get(name).copied();
         id.ok_or_else(|| Error::Unsupported {
             what,
@@ -697,29 +773,35 @@ impl State {
         })
     }
 
-    /// aya's side of a program, loaded.
-    fn uprobe(&mut self, name: &'static str) -> Result<&mut UProbe, Error> {
-        let program: &mut UProbe = self
-            .ebpf
-            .program_mut(name)
-            .and_then(|program| program.try_into().ok())
-            .ok_or_else(|| Error::Object(format!("it has no program {name}")))?;
-        if program.fd().is_err() {
-            program.load().map_err(|error| program_error(name, error))?;
+    /// A program for places that are attached one by one, with this cookie.
+    fn uprobe(&mut self, name: &'static str, cookie: u64) -> Result<Arc<OwnedFd>, Error> {
+        if self.features.cookie {
+            return self.program(name, ProgramType::Uprobe);
         }
-        Ok(program)
+        let name = self.features.variant(name);
+        let key = (name, cookie);
+        if let Some(copy) = self.copies.get(&key).and_then(Weak::upgrade) {
+            return Ok(copy);
+        }
+        let cookies = Cookies::Constant(cookie);
+        let copy = self.object.load(name, ProgramType::Uprobe, &[], cookies)?;
+        let copy = Arc::new(copy);
+        self.copies.retain(|_, copy| copy.strong_count() > 0);
+        self.copies.insert(key, Arc::downgrade(&copy));
+        Ok(copy)
     }
 
-    /// A program that aya does not load, loaded.
+    /// A program, loaded in the form that this kernel needs.
     fn program(
         &mut self,
         name: &'static str,
         program_type: ProgramType,
     ) -> Result<Arc<OwnedFd>, Error> {
+        let name = self.features.variant(name);
         if let Some(Some(program)) = self.programs.get(name) {
             return Ok(Arc::clone(program));
         }
-        let program = Arc::new(self.object.load(name, program_type, &[])?);
+        let program = Arc::new(self.object.load(name, program_type, &[], Cookies::Kernel)?);
         self.programs.insert(name, Some(Arc::clone(&program)));
         Ok(program)
     }
@@ -738,9 +820,12 @@ impl State {
             .map(|(number, name)| Ok((number, state.function(SESSIONS, name)?)));
             let [is_return, cookie] = functions;
             let functions = [is_return?, cookie?];
-            state
-                .object
-                .load(name, ProgramType::UprobeSession, &functions)
+            state.object.load(
+                name,
+                ProgramType::UprobeSession,
+                &functions,
+                Cookies::Kernel,
+            )
         };
         let program = match load(self) {
             Ok(program) => Some(Arc::new(program)),
@@ -929,7 +1014,9 @@ impl State {
                     (_, Way::Multi) => {
                         self.link_multi((name, when), pid, scope, cookie, &code, &same)
                     }
-                    (_, Way::PerfEvent) => self.link_perf_events(name, pid, cookie, &code, &same),
+                    (_, Way::PerfEvent) => {
+                        self.link_perf_events((name, when), pid, cookie, &code, &same)
+                    }
                 };
                 match linked {
                     Ok(linked) => links.push(linked),
@@ -989,29 +1076,27 @@ impl State {
 
     fn link_perf_events(
         &mut self,
-        name: &'static str,
+        (name, when): (&'static str, When),
         pid: NonZeroU32,
         cookie: Cookie,
         code: &Code,
         places: &[&Place],
     ) -> Result<Links, Error> {
         let path = path(code, pid);
-        let program = self.uprobe(name)?;
         let mut links = Vec::with_capacity(places.len());
         for place in places {
-            let point = UProbeAttachPoint {
-                location: UProbeAttachLocation::AbsoluteOffset(place.offset.0),
-                cookie: Some(at(cookie, place)),
-            };
-            let link = program
-                .attach(point, &path, UProbeScope::OneProcess(pid))
-                .and_then(|id| program.take_link(id));
+            let (offset, cookie) = (place.offset.0, at(cookie, place));
+            let kept = self.features.cookie.then_some(cookie);
+            let link = self.uprobe(name, cookie).and_then(|program| {
+                sys::attach_uprobe(program.as_fd(), when, &path, offset, kept, pid.get())
+                    .map(|uprobe| (uprobe, program))
+                    .map_err(|source| not_attached("perf_event_open", pid, place, source))
+            });
             match link {
                 Ok(link) => links.push(link),
                 Err(error) => {
                     detach(vec![Links::PerfEvent(links)]);
-                    let source = errno(&error).unwrap_or_else(|| std::io::Error::other(error));
-                    return Err(not_attached("perf_event_open", pid, place, source));
+                    return Err(error);
                 }
             }
         }

@@ -17,6 +17,7 @@ const BPF_MAP_LOOKUP_BATCH: libc::c_long = 24;
 const BPF_MAP_DELETE_BATCH: libc::c_long = 27;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_ITER_CREATE: libc::c_long = 33;
+const BPF_PROG_TYPE_SOCKET_FILTER: u32 = 1;
 const BPF_PROG_TYPE_KPROBE: u32 = 2;
 const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_RAW_TRACEPOINT_OPEN: libc::c_long = 17;
@@ -25,11 +26,22 @@ const BPF_PROG_TYPE_TRACING: u32 = 26;
 const BPF_TRACE_ITER: u32 = 28;
 const BPF_TRACE_UPROBE_MULTI: u32 = 48;
 const BPF_TRACE_UPROBE_SESSION: u32 = 57;
+const BPF_PERF_EVENT: u32 = 41;
 const BPF_F_UPROBE_MULTI_RETURN: u32 = 1;
+
+// Numbers of include/uapi/linux/perf_event.h: `_IOW('$', 8, __u32)` and
+// `_IO('$', 0)`.
+const PERF_EVENT_IOC_SET_BPF: libc::Ioctl = 0x4004_2408;
+const PERF_EVENT_IOC_ENABLE: libc::Ioctl = 0x2400;
+const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 1 << 3;
 
 /// What a program is loaded as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ProgramType {
+    /// For nothing but to try what a kernel has.
+    SocketFilter,
+    /// For [`attach_uprobe`].
+    Uprobe,
     /// For [`link_uprobes`].
     UprobeMulti,
     /// For [`link_uprobes`]: a program that sees a call and its return.
@@ -44,6 +56,8 @@ impl ProgramType {
     /// `bpf_attr`'s `prog_type`, `expected_attach_type` and `attach_btf_id`.
     fn numbers(self) -> (u32, u32, u32) {
         match self {
+            ProgramType::SocketFilter => (BPF_PROG_TYPE_SOCKET_FILTER, 0, 0),
+            ProgramType::Uprobe => (BPF_PROG_TYPE_KPROBE, 0, 0),
             ProgramType::UprobeMulti => (BPF_PROG_TYPE_KPROBE, BPF_TRACE_UPROBE_MULTI, 0),
             ProgramType::UprobeSession => (BPF_PROG_TYPE_KPROBE, BPF_TRACE_UPROBE_SESSION, 0),
             ProgramType::RawTracepoint => (BPF_PROG_TYPE_RAW_TRACEPOINT, 0, 0),
@@ -112,8 +126,7 @@ struct IteratorLink {
     reserved: u32,
 }
 
-/// `bpf_iter_link_info` for the task iterator (kernel 6.1 and later; earlier
-/// ones do not read it).
+/// `bpf_iter_link_info` for the task iterator (kernel 6.1 and later).
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct TaskInfo {
@@ -273,6 +286,144 @@ pub(super) fn link_uprobes(
     unsafe { bpf(BPF_LINK_CREATE, &mut attr) }.and_then(owned)
 }
 
+/// `struct perf_event_attr` of include/uapi/linux/perf_event.h, as far as
+/// `PERF_ATTR_SIZE_VER1`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PerfEvent {
+    event_type: u32,
+    size: u32,
+    config: u64,
+    sample_period: u64,
+    sample_type: u64,
+    read_format: u64,
+    flags: u64,
+    wakeup_events: u32,
+    bp_type: u32,
+    config1: u64,
+    config2: u64,
+}
+
+/// `bpf_attr` of `BPF_LINK_CREATE` with its part for perf events.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PerfLink {
+    prog_fd: u32,
+    target_fd: u32,
+    attach_type: u32,
+    flags: u32,
+    cookie: u64,
+}
+
+/// Where the kernel describes its perf events of uprobes.
+const UPROBE_PMU: &str = "/sys/bus/event_source/devices/uprobe";
+
+/// What makes the event one of a function's return: the bit of `config` that the
+/// kernel names (`config:0`).
+fn return_bit() -> io::Result<u64> {
+    let format = std::fs::read_to_string(format!("{UPROBE_PMU}/format/retprobe"))?;
+    let bit = format
+        .trim()
+        .strip_prefix("config:")
+        .and_then(|bit| bit.parse().ok());
+    let mask = bit.and_then(|bit| 1u64.checked_shl(bit));
+    mask.ok_or_else(|| io::Error::other("the kernel does not say how it probes returns"))
+}
+
+/// An instruction of a process that has a program, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Uprobe {
+    // In this order: the link holds the event.
+    _link: Option<OwnedFd>,
+    _event: OwnedFd,
+}
+
+/// Attaches `program` at an offset of the file `path` for one process, by a perf
+/// event. Without a cookie the kernel need not know such.
+pub(super) fn attach_uprobe(
+    program: BorrowedFd<'_>,
+    when: When,
+    path: &str,
+    offset: u64,
+    cookie: Option<u64>,
+    pid: u32,
+) -> io::Result<Uprobe> {
+    let event_type = std::fs::read_to_string(format!("{UPROBE_PMU}/type"))?;
+    let path = CString::new(path)?;
+    let attr = PerfEvent {
+        event_type: event_type.trim().parse().map_err(io::Error::other)?,
+        size: u32::try_from(size_of::<PerfEvent>()).map_err(io::Error::other)?,
+        config: match when {
+            When::Entry => 0,
+            When::Return => return_bit()?,
+            When::Session => return Err(io::ErrorKind::Unsupported.into()),
+        },
+        sample_period: 0,
+        sample_type: 0,
+        read_format: 0,
+        flags: 0,
+        wakeup_events: 0,
+        bp_type: 0,
+        config1: path.as_ptr() as u64,
+        config2: offset,
+    };
+    let (any_cpu, no_group) = (-1, -1);
+    // SAFETY: the kernel reads the struct, which has the size that it says, and
+    // the terminated string in it; both outlive the call.
+    let event = unsafe {
+        libc::syscall(
+            libc::SYS_perf_event_open,
+            &raw const attr,
+            pid.cast_signed(),
+            any_cpu,
+            no_group,
+            PERF_FLAG_FD_CLOEXEC,
+        )
+    };
+    if event < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let event = owned(event)?;
+    let link = match cookie {
+        Some(cookie) => {
+            let mut attr = PerfLink {
+                prog_fd: raw(program),
+                target_fd: raw(event.as_fd()),
+                attach_type: BPF_PERF_EVENT,
+                flags: 0,
+                cookie,
+            };
+            // SAFETY: no pointers.
+            Some(unsafe { bpf(BPF_LINK_CREATE, &mut attr) }.and_then(owned)?)
+        }
+        None => {
+            ioctl(event.as_fd(), PERF_EVENT_IOC_SET_BPF, program.as_raw_fd())?;
+            None
+        }
+    };
+    ioctl(event.as_fd(), PERF_EVENT_IOC_ENABLE, 0)?;
+    Ok(Uprobe {
+        _link: link,
+        _event: event,
+    })
+}
+
+fn ioctl(file: BorrowedFd<'_>, request: libc::Ioctl, argument: libc::c_int) -> io::Result<()> {
+    // SAFETY: both requests take an int.
+    match unsafe { libc::ioctl(file.as_raw_fd(), request, argument) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Whether the kernel has such uprobe_multi links, tried with a path that no
+/// program can be attached to: one that has them says so (EBADF), one without
+/// knows no such link (EINVAL).
+pub(super) fn has_uprobe_links(program: BorrowedFd<'_>, when: When) -> bool {
+    let link = link_uprobes(program, when, "/", &[0], &[0], 0);
+    link.is_err_and(|error| error.raw_os_error() == Some(libc::EBADF))
+}
+
 /// `bpf_attr` of `BPF_RAW_TRACEPOINT_OPEN`.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -352,7 +503,17 @@ pub(super) fn iterate_tasks(program: BorrowedFd<'_>, pid: u32) -> io::Result<Fil
         reserved: 0,
     };
     // SAFETY: `info` outlives the call and has its length.
-    let link = unsafe { bpf(BPF_LINK_CREATE, &mut attr) }.and_then(owned)?;
+    let mut link = unsafe { bpf(BPF_LINK_CREATE, &mut attr) }.and_then(owned);
+    // The kernel does not know how to name a process there.
+    if link
+        .as_ref()
+        .is_err_and(|error| error.raw_os_error() == Some(libc::E2BIG))
+    {
+        (attr.info, attr.info_len) = (0, 0);
+        // SAFETY: no pointers.
+        link = unsafe { bpf(BPF_LINK_CREATE, &mut attr) }.and_then(owned);
+    }
+    let link = link?;
     let mut attr = IteratorCreate {
         link_fd: raw(link.as_fd()),
         flags: 0,

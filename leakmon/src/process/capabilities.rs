@@ -79,11 +79,11 @@ pub struct KernelVersion {
 }
 
 impl KernelVersion {
-    /// The oldest kernel that leakmon's probes work on: it has
-    /// `bpf_get_attach_cookie` (`include/uapi/linux/bpf.h`).
+    /// The oldest kernel that leakmon's probes are tested on. Ring buffers
+    /// (`BPF_MAP_TYPE_RINGBUF`) and task iterators came with 5.8.
     pub const PROBES: KernelVersion = KernelVersion {
         major: 5,
-        minor: 15,
+        minor: 10,
     };
 
     /// Reads `uname -r`: `6.1.0-18-amd64`.
@@ -541,7 +541,7 @@ mod tests {
     #[test]
     fn old_kernels_give_a_census() {
         for (release, found) in [
-            ("5.10.0-28-cloud-amd64", KernelVersion::parse("5.10")),
+            ("5.4.0-42-generic", KernelVersion::parse("5.4")),
             ("strange", None),
         ] {
             let facts = Facts {
