@@ -9,7 +9,7 @@
 use std::io::{self, Write};
 
 use super::{Exit, Failure};
-use crate::probe::{self, Way};
+use crate::probe::{self, Features, Way};
 use crate::process::capabilities::{
     Capability, Facts, KernelVersion, Lockdown, Missing, missing_for,
 };
@@ -47,9 +47,10 @@ impl Trial {
 /// Standard output cannot be written.
 pub fn run() -> Result<Exit, Failure> {
     let facts = Facts::gather();
+    let features = Features::of_kernel();
     let trial = Trial::run();
     let mut out = io::stdout().lock();
-    report(&mut out, &facts, &trial)
+    report(&mut out, &facts, features.ok().as_ref(), &trial)
         .and_then(|exit| out.flush().map(|()| exit))
         .map_err(|error| Failure::output(&error))
 }
@@ -62,7 +63,12 @@ fn missing_for_probes(facts: &Facts, trial: &Trial) -> Vec<Missing> {
     }
 }
 
-fn report(out: &mut impl Write, facts: &Facts, trial: &Trial) -> io::Result<Exit> {
+fn report(
+    out: &mut impl Write,
+    facts: &Facts,
+    features: Option<&Features>,
+    trial: &Trial,
+) -> io::Result<Exit> {
     let census = missing_for(Tier::Census, facts);
     let probes = missing_for_probes(facts, trial);
     let works = matches!(trial, Trial::Works { .. });
@@ -98,6 +104,17 @@ fn report(out: &mut impl Write, facts: &Facts, trial: &Trial) -> io::Result<Exit
         item(out, what, &says)?;
     }
     item(out, "probes, tried", &tried(trial))?;
+    if let Some(features) = features {
+        writeln!(out, "\nWhat this kernel has, tried:")?;
+        for feature in features.table() {
+            let says = if feature.there {
+                format!("yes ({})", feature.since)
+            } else {
+                format!("no ({}): {}", feature.since, feature.without)
+            };
+            item(out, feature.name, &says)?;
+        }
+    }
 
     if !probes.is_empty() || !works {
         writeln!(out, "\nWhat to do:")?;
@@ -310,7 +327,8 @@ mod tests {
 
     fn rendered(facts: &Facts, trial: &Trial) -> (Exit, String) {
         let mut out = Vec::new();
-        let exit = report(&mut out, facts, trial).expect("writes to memory");
+        let features = Features::oldest();
+        let exit = report(&mut out, facts, Some(&features), trial).expect("writes to memory");
         let text = String::from_utf8(out).expect("text");
         assert!(text.lines().all(|line| line.len() <= WIDTH), "{text}");
         (exit, text)
@@ -322,6 +340,8 @@ mod tests {
         assert_eq!(exit, Exit::Success);
         assert!(text.contains("tier blocking   possible\n"), "{text}");
         assert!(text.contains("costs 0.61 us"), "{text}");
+        let lacks = "uprobe_multi link          no (6.6): each place has a perf event";
+        assert!(text.contains(lacks), "{text}");
         assert!(!text.contains("What to do"), "{text}");
     }
 

@@ -26,6 +26,7 @@ pub(super) const SLOWNESS: u32 = 4;
 
 /// Tests by the name of their binary.
 pub(super) const TESTS: &[(&str, &[&str])] = &[
+    ("doctor", &["features_are_those_of_the_kernels_version"]),
     (
         "probe",
         &[
