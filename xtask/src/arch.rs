@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 
 /// A processor's architecture, by the name that Linux and Rust give it.
@@ -16,6 +17,14 @@ pub(crate) enum Arch {
 }
 
 impl Arch {
+    /// This machine's.
+    pub(crate) fn native() -> Result<Self> {
+        [Self::X86_64, Self::Aarch64]
+            .into_iter()
+            .find(|arch| arch.is_native())
+            .with_context(|| format!("leakmon does not run on {}", std::env::consts::ARCH))
+    }
+
     /// As Linux and Rust call it.
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -32,11 +41,25 @@ impl Arch {
         }
     }
 
-    /// Rust's target of glibc.
-    pub(crate) fn target(self) -> &'static str {
+    /// As GNU's tools call it.
+    pub(crate) fn gnu(self) -> &'static str {
         match self {
-            Self::X86_64 => "x86_64-unknown-linux-gnu",
-            Self::Aarch64 => "aarch64-unknown-linux-gnu",
+            Self::X86_64 => "x86_64-linux-gnu",
+            Self::Aarch64 => "aarch64-linux-gnu",
+        }
+    }
+
+    /// Whether it is this machine's.
+    pub(crate) fn is_native(self) -> bool {
+        self.name() == std::env::consts::ARCH
+    }
+
+    /// The C compiler for it.
+    pub(crate) fn gcc(self) -> String {
+        if self.is_native() {
+            "gcc".to_owned()
+        } else {
+            format!("{}-gcc", self.gnu())
         }
     }
 

@@ -45,8 +45,8 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
 /// Its manifest; the empty workspace keeps cargo from looking further up.
 const MANIFEST: &str = "[package]\nname = \"check\"\nedition = \"2024\"\n\n[workspace]\n";
 
-/// Makes sure that the kernel side can be compiled.
-pub(crate) fn ensure() -> Result<()> {
+/// Makes sure that the kernel side can be compiled; gives the toolchain, which has the standard library's sources.
+pub(crate) fn ensure() -> Result<String> {
     if !Run::new("rustup").arg("--version").succeeds() {
         bail!(
             "rustup is missing, and leakmon's kernel side is compiled by a toolchain of its own: \
@@ -60,20 +60,23 @@ pub(crate) fn ensure() -> Result<()> {
             .with_context(|| {
                 format!("{CHOSEN} names `{name}`, which cannot compile the kernel side")
             })
-            .map(|()| note(format!("`{name}` (from {CHOSEN}) and bpf-linker work")));
+            .map(|()| {
+                note(format!("`{name}` (from {CHOSEN}) and bpf-linker work"));
+                name
+            });
     }
     for name in [LINKED, "nightly"] {
         if has_sources(name).is_ok() && linker_works() && compiles(name).is_ok() {
             note(format!("`{name}` and bpf-linker work"));
-            return Ok(());
+            return Ok(name.to_owned());
         }
     }
     let Err(nightly) = from_nightly() else {
-        return Ok(());
+        return Ok("nightly".to_owned());
     };
     note(format!("nightly Rust is not to be had: {nightly:#}"));
     note("trying Debian's Rust");
-    from_debian().map_err(|debian| {
+    from_debian().map(|()| LINKED.to_owned()).map_err(|debian| {
         anyhow::anyhow!(
             "no Rust toolchain for the kernel side can be installed.\n\
              - nightly: {nightly:#}\n- Debian: {debian:#}\n\

@@ -5,6 +5,7 @@ mod bench;
 mod big;
 mod bpf;
 mod command;
+mod cross;
 mod debian;
 mod demo;
 mod fixtures;

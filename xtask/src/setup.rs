@@ -14,7 +14,7 @@ use crate::workspace;
 
 /// Installs what is missing; gives the Go that builds the fixtures.
 pub(crate) fn run() -> Result<Go> {
-    step("Rust for the kernel side", bpf::ensure)?;
+    step("Rust for the kernel side", || bpf::ensure().map(drop))?;
     step("C and musl for the fixtures", || {
         fixtures::ensure_compilers();
         Ok(())
@@ -59,10 +59,14 @@ pub(crate) fn build_static() -> Result<PathBuf> {
     Ok(workspace::target().join(target).join("release/leakmon"))
 }
 
-/// cargo in this checkout, free of what the cargo that started xtask set for xtask.
+/// cargo in this checkout.
 pub(crate) fn cargo() -> Run {
-    Run::new("cargo")
-        .dir(workspace::root())
+    apart(Run::new("cargo"))
+}
+
+/// A command in this checkout, free of what the cargo that started xtask set for xtask.
+pub(crate) fn apart(run: Run) -> Run {
+    run.dir(workspace::root())
         .env_remove("CARGO_MANIFEST_DIR")
         .env_remove("CARGO_MANIFEST_PATH")
 }

@@ -8,10 +8,9 @@ use serde_json::Value;
 
 use super::suite;
 use crate::arch::Arch;
-use crate::command::Run;
+use crate::cross::{Compiler, Libc};
 use crate::go::{Go, RELEASES};
 use crate::progress::step;
-use crate::setup;
 use crate::workspace;
 
 /// What was built for guests of one architecture.
@@ -42,28 +41,12 @@ pub(super) fn build(arch: Arch, driver: &Go) -> Result<Built> {
     Ok(Built { leakmon, tests, go })
 }
 
-/// cargo for the architecture, with everything linked statically.
-fn cargo(arch: Arch) -> Run {
-    let variable = |name: &str| {
-        let target = arch.target().replace('-', "_").to_uppercase();
-        format!("CARGO_TARGET_{target}_{name}")
-    };
-    let run = setup::cargo()
-        .env_remove("RUSTFLAGS")
-        .env_remove("CARGO_ENCODED_RUSTFLAGS")
-        .env(&variable("RUSTFLAGS"), "-C target-feature=+crt-static");
-    match arch {
-        Arch::X86_64 => run,
-        Arch::Aarch64 => run.env(&variable("LINKER"), "aarch64-linux-gnu-gcc"),
-    }
-}
-
 fn binaries(arch: Arch) -> Result<(PathBuf, BTreeMap<String, PathBuf>)> {
     let wanted = suite::TESTS.iter().flat_map(|(test, _)| ["--test", *test]);
-    let said = cargo(arch)
-        .args(["test", "--release", "--package", "leakmon", "--no-run"])
+    let said = Compiler::ensure(arch, Libc::Gnu)?
+        .cargo("test", &["-Ctarget-feature=+crt-static"])
+        .args(["--release", "--package", "leakmon", "--no-run"])
         .args(wanted)
-        .args(["--target", arch.target()])
         .arg("--message-format=json-render-diagnostics")
         .capture()?;
     let (mut leakmon, mut tests) = (None, BTreeMap::new());
