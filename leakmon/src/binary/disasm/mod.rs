@@ -13,6 +13,7 @@
 use crate::binary::addr::Vaddr;
 
 pub mod aarch64;
+pub mod addresses;
 pub mod values;
 pub mod x86_64;
 

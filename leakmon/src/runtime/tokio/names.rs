@@ -18,7 +18,8 @@ use std::sync::Arc;
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::binary::addr::Vaddr;
-use crate::binary::disasm::{Assignment, Base, Code, Kind};
+use crate::binary::disasm::addresses::{Addresses, Named};
+use crate::binary::disasm::{Code, Kind};
 use crate::binary::elf::{Elf, ReadAt};
 use crate::binary::symbols::Symbols;
 
@@ -325,6 +326,7 @@ impl<'a, R: ReadAt + ?Sized> Finder<'a, R> {
         let mut function = Function::default();
         // The address mentioned last, and how many instructions ago.
         let mut last = (Vaddr(0), usize::MAX);
+        let mut addresses = Addresses::new(self.elf.arch);
         for instruction in code.instructions() {
             last.1 = last.1.saturating_add(1);
             if let Kind::Call(target) | Kind::Jump(target) | Kind::CondJump(target) =
@@ -335,13 +337,12 @@ impl<'a, R: ReadAt + ?Sized> Finder<'a, R> {
                 let passed = (last.1 <= NEAR).then_some((target, last.0));
                 function.passes.extend(passed);
             }
-            if let Some(Assignment::Constant { value, .. }) = instruction.assigns {
-                function.mentions.push(Vaddr(value));
-                last = (Vaddr(value), 0);
+            let named = addresses.step(instruction);
+            if let Some(Named::Address(addr)) = named {
+                function.mentions.push(addr);
+                last = (addr, 0);
             }
-            if let Some(memory) = instruction.memory
-                && let Base::Absolute(target) = memory.base
-            {
+            if let Some(Named::Memory(target)) = named {
                 function.mentions.push(target);
                 // Calls between crates go through a table, in debug builds by
                 // way of a register.

@@ -12,6 +12,8 @@
 //! them.
 
 use crate::binary::addr::Vaddr;
+use crate::binary::disasm;
+use crate::binary::disasm::addresses::{Addresses, Named};
 use crate::binary::elf::{Arch, Elf, ElfError, ReadAt};
 
 use super::layout::{self, Layout, Version};
@@ -556,7 +558,7 @@ impl References {
                 };
                 match elf.arch {
                     Arch::X86_64 => references_x86_64(&bytes, addr.0, &mut add),
-                    Arch::Aarch64 => references_aarch64(&bytes, addr.0, &mut add),
+                    Arch::Aarch64 => references_aarch64(&bytes, addr, &mut add),
                 }
                 if !elf.position_independent && elf.arch == Arch::X86_64 {
                     references_absolute(&bytes, &mut add);
@@ -611,23 +613,13 @@ fn references_absolute(bytes: &[u8], add: &mut impl FnMut(u64)) {
     }
 }
 
-/// `adrp xN, page`, and then `add xM, xN, #offset`.
-fn references_aarch64(bytes: &[u8], addr: u64, add: &mut impl FnMut(u64)) {
-    let mut pages = [None; 32];
-    for (index, bytes) in bytes.chunks_exact(4).enumerate() {
-        let instruction = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-        let register = |shift: u32| (instruction >> shift & 31) as usize;
-        if instruction & 0x9f00_0000 == 0x9000_0000 {
-            let low = u64::from(instruction >> 29 & 3);
-            let high = u64::from(instruction >> 5 & 0x7_ffff);
-            // 21 bits, signed, of pages of 4 KiB.
-            let pages_on = ((high << 2 | low) as i64) << 43 >> 31;
-            let here = addr.wrapping_add(index as u64 * 4) & !0xfff;
-            pages[register(0)] = Some(here.wrapping_add_signed(pages_on));
-        } else if instruction & 0xffc0_0000 == 0x9100_0000
-            && let Some(page) = pages[register(5)]
-        {
-            add(page + u64::from(instruction >> 10 & 0xfff));
+/// `adrp xN, page`, and then `add xM, xN, #offset`; or `adr xN, address`, which
+/// linkers (lld, mold) put in their place where it reaches.
+fn references_aarch64(bytes: &[u8], addr: Vaddr, add: &mut impl FnMut(u64)) {
+    let mut addresses = Addresses::new(Arch::Aarch64);
+    for instruction in disasm::aarch64::decode(addr, bytes) {
+        if let Some(Named::Address(addr)) = addresses.step(&instruction) {
+            add(addr.0);
         }
     }
 }

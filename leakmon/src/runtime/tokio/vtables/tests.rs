@@ -224,14 +224,19 @@ fn tables_without_offsets_are_split_where_code_refers_to_them() {
 }
 
 #[test]
-fn a_page_behind() {
-    // adrp x3, -1; add x2, x3, #8
+fn a_field_of_another_struct_is_no_reference() {
+    // adrp x0, here; add x0, x0, #0x40; add x1, x0, #8; ret; add x2, x0, #0x80
+    let code = [
+        0x9000_0000u32,
+        0x9101_0000,
+        0x9100_2001,
+        0xd65f_03c0,
+        0x9102_0002,
+    ];
+    let code = code.map(u32::to_le_bytes).concat();
     let mut found = Vec::new();
-    let adrp: u32 = 0x9000_0003 | 3 << 29 | 0x7_ffff << 5;
-    let add: u32 = 0x9100_0062 | 8 << 10;
-    let code = [adrp.to_le_bytes(), add.to_le_bytes()].concat();
-    references_aarch64(&code, 0x5004, &mut |addr| found.push(addr));
-    assert_eq!(found, [0x4008]);
+    references_aarch64(&code, Vaddr(0x5000), &mut |addr| found.push(addr));
+    assert_eq!(found, [0x5040]);
 }
 
 #[test]
