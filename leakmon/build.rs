@@ -38,6 +38,15 @@ fn compile() -> Result<()> {
     // no more than is wrong.
     // SAFETY: the build script has one thread.
     unsafe { std::env::set_var("CARGO_TERM_QUIET", "true") };
+    // The object names no folder of the machine that compiles it, so that it is the same wherever that is. aya-build
+    // lets nobody tell rustc so.
+    for (name, value) in [
+        ("CARGO_UNSTABLE_TRIM_PATHS", "true"),
+        ("CARGO_PROFILE_RELEASE_TRIM_PATHS", "all"),
+    ] {
+        // SAFETY: as above.
+        unsafe { std::env::set_var(name, value) };
+    }
     if toolchain == LINKED {
         // SAFETY: as above.
         unsafe { std::env::set_var("RUSTC_BOOTSTRAP", "1") };
