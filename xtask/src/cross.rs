@@ -97,6 +97,17 @@ impl Compiler {
         .capture()
     }
 
+    /// The folder with the sources of the standard library that is compiled, too.
+    pub(crate) fn std_sources(&self) -> Result<Option<PathBuf>> {
+        let Some(toolchain) = &self.with_std else {
+            return Ok(None);
+        };
+        let sysroot = Run::new("rustup")
+            .args(["run", toolchain, "rustc", "--print", "sysroot"])
+            .capture()?;
+        Ok(Some(Path::new(sysroot.trim()).join("lib/rustlib/src/rust")))
+    }
+
     /// One of cargo's commands, for the target; rustc is told `flags` of every crate for it.
     pub(crate) fn cargo(&self, command: &str, flags: &[&str]) -> Run {
         let run = match &self.with_std {

@@ -124,6 +124,12 @@ impl View {
         Self::open("own", &[&codename()?])
     }
 
+    /// The lines of a sources.list for a release of Debian, from where this system gets its own packages.
+    pub(crate) fn sources(suite: &str) -> Result<Vec<String>> {
+        let archives = archives(&codename()?)?;
+        Ok(archives.iter().map(|archive| archive.line(suite)).collect())
+    }
+
     /// Whether the view offers the package.
     pub(crate) fn offers(&self, package: &str) -> bool {
         self.apt("apt-cache")

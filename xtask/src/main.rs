@@ -8,6 +8,7 @@ mod command;
 mod cross;
 mod debian;
 mod demo;
+mod dist;
 mod fixtures;
 mod garble;
 mod go;
@@ -52,6 +53,8 @@ enum Task {
     Vm(vm::Options),
     /// Measure what leakmon costs the programs it watches
     Bench(bench::Options),
+    /// Make static programs and Debian packages, for every architecture
+    Dist(dist::Options),
     /// Build the fixtures, with every Go and tokio version that can be had
     Fixtures(fixtures::Options),
 }
@@ -79,6 +82,7 @@ fn run(task: Task) -> Result<()> {
         Task::Test(options) => test::run(&options),
         Task::Vm(options) => vm::run(&options),
         Task::Bench(options) => bench::run(&options),
+        Task::Dist(options) => dist::run(&options),
         Task::Fixtures(options) => fixtures::run(&options).map(drop),
     }
 }
