@@ -10,16 +10,19 @@ use leakmon::binary::addr::Vaddr;
 use leakmon::binary::elf::{Elf, ReadAt as _};
 use leakmon::runtime::tokio::vtables::{self, Found};
 
-/// Every `zoo` of `target/fixtures/tokio-VERSION/CONFIGURATION`.
+/// Every `zoo` of `target/fixtures/tokio-VERSION/CONFIGURATION`, and of AArch64's
+/// beside it.
 fn zoos() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/fixtures");
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
+    let roots = ["fixtures", "fixtures-aarch64"].map(|folder| target.join(folder));
     let folders = |path: &Path| {
         let entries = fs::read_dir(path).into_iter().flatten().flatten();
         let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
         paths.sort();
         paths
     };
-    let versions = folders(&root).into_iter().filter(|path| {
+    let all = roots.iter().flat_map(|root| folders(root));
+    let versions = all.filter(|path| {
         let name = path.file_name().and_then(|name| name.to_str());
         name.is_some_and(|name| name.starts_with("tokio-"))
     });
