@@ -10,7 +10,7 @@ use crate::binary::elf::Arch;
 
 /// The registers that a callee may change without keeping them, X0 to X18 and
 /// X30 (Procedure Call Standard for the Arm 64-bit Architecture, 6.1.1).
-const NOT_KEPT: u32 = (1 << 19) - 1 | 1 << 30;
+const NOT_KEPT: u32 = ((1 << 19) - 1) | (1 << 30);
 
 /// What one instruction names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

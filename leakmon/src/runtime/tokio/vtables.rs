@@ -184,7 +184,8 @@ struct Block {
 }
 
 /// The data of a program: of one that can be loaded anywhere what is writable
-/// until it has been relocated, of another its constants, too.
+/// until it has been relocated, of another its constants, too. Some linkers put
+/// these beside the code (GNU ld for AArch64): their section tells them apart.
 fn data<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Result<Vec<Block>, Unknown> {
     let mut left = MAX_DATA;
     let mut blocks = Vec::new();
@@ -193,16 +194,22 @@ fn data<R: ReadAt + ?Sized>(elf: &Elf, file: &R) -> Result<Vec<Block>, Unknown> 
             true => segment.writable,
             false => segment.writable || !segment.executable,
         };
-        let skip = segment.vaddr.0.wrapping_neg() % 8;
-        if !wanted || segment.file_size <= skip {
+        let constants = elf.section(".rodata").filter(|section| {
+            let inside = section.vaddr.offset_from(segment.vaddr);
+            !elf.position_independent && inside.is_some_and(|delta| delta < segment.file_size)
+        });
+        let (vaddr, offset, size) = match constants {
+            _ if wanted => (segment.vaddr, segment.offset, segment.file_size),
+            Some(section) => (section.vaddr, section.offset, section.size),
+            None => continue,
+        };
+        let skip = vaddr.0.wrapping_neg() % 8;
+        if size <= skip {
             continue;
         }
-        let len = (segment.file_size - skip).min(left) / 8 * 8;
+        let len = (size - skip).min(left) / 8 * 8;
         left -= len;
-        let (Some(addr), Some(offset)) = (
-            segment.vaddr.checked_add(skip),
-            segment.offset.checked_add(skip),
-        ) else {
+        let (Some(addr), Some(offset)) = (vaddr.checked_add(skip), offset.checked_add(skip)) else {
             continue;
         };
         let bytes = file
@@ -535,17 +542,25 @@ impl References {
                         .is_some_and(|delta| delta / 8 < block.words.len() as u64)
                 })
         };
-        for segment in elf.segments.iter().filter(|segment| segment.executable) {
-            let len = segment.file_size.min(left);
+        // Where constants lie beside the code, some of them look like it.
+        let parts: Vec<_> = match elf.section(".text") {
+            Some(text) => vec![(text.vaddr, text.offset, text.size)],
+            None => elf
+                .segments
+                .iter()
+                .filter(|segment| segment.executable)
+                .map(|segment| (segment.vaddr, segment.offset, segment.file_size))
+                .collect(),
+        };
+        for (vaddr, offset, size) in parts {
+            let len = size.min(left);
             left -= len;
             let mut at = 0;
             while at < len {
                 // Chunks overlap by the longest pattern.
                 let size = (CHUNK + 16).min(len - at);
-                let (Some(offset), Some(addr)) = (
-                    segment.offset.checked_add(at),
-                    segment.vaddr.checked_add(at),
-                ) else {
+                let (Some(offset), Some(addr)) = (offset.checked_add(at), vaddr.checked_add(at))
+                else {
                     break;
                 };
                 let Ok(bytes) = file.bytes_at(offset, size) else {
