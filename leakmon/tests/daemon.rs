@@ -223,9 +223,10 @@ fn other_rules_take_effect() {
     let probes = off.replace("off", "lifecycle");
     std::fs::write(daemon.config(), text.replace(off, &probes)).expect("a configuration");
     daemon.child.signal(Signal::SIGHUP);
-    std::thread::sleep(Duration::from_secs(3));
-    let report = daemon.json(&format!("/processes/{pid}"));
-    assert_eq!(report["runtimes"][0]["tier"]["reason"], "unavailable");
+    wait_until("it says why there are none", || {
+        let report = daemon.json(&format!("/processes/{pid}"));
+        report["runtimes"][0]["tier"]["reason"] == "unavailable"
+    });
     let before = daemon.json("/processes")["elapsed_seconds"].as_f64();
     wait_until("it is read again", || {
         daemon.json("/processes")["elapsed_seconds"].as_f64() > before
