@@ -375,7 +375,7 @@ impl Instructions {
         let program = census.program();
         let found = probes::find(program).expect("probe places");
         let places = found.plan.places.iter();
-        let places = places.filter(|place| place.code == Code::Executable);
+        let places = places.filter(|place| place.code != Code::Nowhere);
         let places = places.map(|place| {
             let mut byte = [0];
             let read = program.file.read_exact_at(&mut byte, place.offset.0);

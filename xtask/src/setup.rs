@@ -40,25 +40,6 @@ pub(crate) fn build_leakmon() -> Result<PathBuf> {
     Ok(workspace::target().join("release/leakmon"))
 }
 
-/// Builds leakmon in release without a shared library, as container images hold it, and gives the program's path.
-pub(crate) fn build_static() -> Result<PathBuf> {
-    let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
-    step("leakmon without shared libraries", || {
-        cargo()
-            .args([
-                "build",
-                "--release",
-                "--package",
-                "leakmon",
-                "--target",
-                &target,
-            ])
-            .env("RUSTFLAGS", "-C target-feature=+crt-static")
-            .run()
-    })?;
-    Ok(workspace::target().join(target).join("release/leakmon"))
-}
-
 /// cargo in this checkout.
 pub(crate) fn cargo() -> Run {
     apart(Run::new("cargo"))

@@ -32,7 +32,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     fixtures::require_all(&built)?;
     let programs = step("real programs", || real::ensure(&go))?;
     setup::build_leakmon()?;
-    let alone = setup::build_static()?;
     step("lints", || {
         setup::cargo()
             .args([
@@ -50,7 +49,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             .args(["test", "--release"])
             .env("LEAKMON_FIXTURES", &built.folder)
             .env("LEAKMON_REAL", &programs)
-            .env("LEAKMON_STATIC", &alone)
             .env("LEAKMON_GO", go.program())
             .run()
     })?;

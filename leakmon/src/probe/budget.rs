@@ -209,7 +209,7 @@ impl Governor {
     /// For processes that are hit by the same probes, and that nobody watches:
     /// together they may lose what one may that is idle.
     pub fn of_others(&self) -> Governor {
-        Governor::new(self.cost, Some(0.0), Tier::Blocking)
+        Governor::new(self.cost, Some(0.0), self.highest)
     }
 
     /// The highest tier that it can decide for.

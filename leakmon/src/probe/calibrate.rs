@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 use leakmon_common::go::{Layout, STARTPC_FROM_GOPC};
 use leakmon_common::tokio;
 
-use super::detaching::Detaching;
 use super::error::Error;
 use super::kernel::{Attached, Kernel, Way};
 use super::plan::{Code, Measured, Place, Plan, Role, Tier};
@@ -415,11 +414,7 @@ fn measure(kernel: &Kernel) -> Result<Cost, Error> {
 
 /// Drops what is attached. The kernel takes its time; nobody needs to wait for it.
 fn detach<T: Send + 'static>(attached: T) {
-    let detaching = Detaching::begin();
-    std::thread::spawn(move || {
-        drop(attached);
-        drop(detaching);
-    });
+    std::thread::spawn(move || drop(attached));
 }
 
 /// The words of a made-up task: its state (one reference), its vtable's address,

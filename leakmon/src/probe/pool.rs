@@ -7,15 +7,16 @@
 //! links of their own ([`OWN_LINKS`]); all others share one link for each role,
 //! which is for every process, and the programs find out whose hit it is.
 //!
-//! Processes of the file that nobody watches are hit, too, and what that costs
-//! them is kept within a budget like everything else.
+//! Processes of the file that nobody watches are hit, too, and so are those with
+//! links of their own when these are less than what is shared. What that costs them
+//! is kept within a budget like everything else.
 
 use std::collections::HashMap;
 
 use super::plan::{Role, Tier};
 
-/// Processes of a file that have links of their own. They can be left alone one
-/// by one, and nobody else is hit.
+/// Processes of a file that have links of their own. While there are no more, each
+/// can be left alone, and nobody else is hit.
 pub(super) const OWN_LINKS: usize = 4;
 
 /// What tells files and places apart: device, inode, offset, role and argument
@@ -24,8 +25,9 @@ pub(super) type PoolKey = Vec<(u64, u64, u64, usize, u16)>;
 
 /// The processes with the same places. `L` is what keeps a role attached.
 pub(super) struct Pool<L> {
-    /// Those that have links of their own: pids, one for each plan.
-    pub(super) own: Vec<u32>,
+    /// Those that have links of their own, by their index in `TARGETS`: the pid, and
+    /// what is attached to it alone.
+    pub(super) own: HashMap<u16, (u32, Tier)>,
     /// Those that share links, if any.
     pub(super) shared: Option<Shared<L>>,
 }
@@ -33,7 +35,7 @@ pub(super) struct Pool<L> {
 impl<L> Default for Pool<L> {
     fn default() -> Self {
         Pool {
-            own: Vec::new(),
+            own: HashMap::new(),
             shared: None,
         }
     }

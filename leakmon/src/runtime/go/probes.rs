@@ -1,5 +1,7 @@
 //! What is probed in a Go program, and what the counts mean.
 
+use std::sync::Arc;
+
 use leakmon_common::go::{Layout, STARTPC_FROM_GOPC};
 
 use crate::probe::{Code, Counts, Place, Plan};
@@ -43,7 +45,7 @@ pub fn find(program: &Program) -> Result<Probes, Refusal> {
                 Refusal::Unproven(format!("{} lies outside of its file", place.function))
             })?;
             places.push(Place {
-                code: Code::Executable,
+                code: Code::File(Arc::clone(&program.file)),
                 offset,
                 role: place.role,
                 argument: u16::from(place.depth),

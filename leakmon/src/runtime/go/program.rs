@@ -89,7 +89,7 @@ pub struct Program {
     /// ELF headers.
     pub elf: Elf,
     /// The file.
-    pub file: File,
+    pub file: Arc<File>,
     /// Which Go built it.
     pub version: Version,
     /// Offsets of that version.
@@ -202,7 +202,7 @@ impl Program {
             .ok_or_else(|| unproven("its table of wait reasons was not found"))?;
         let mut program = Program {
             elf,
-            file,
+            file: Arc::new(file),
             version,
             layout,
             table,

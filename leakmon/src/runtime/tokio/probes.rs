@@ -18,6 +18,7 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::sync::Arc;
 use std::time::Duration;
 
 use leakmon_common::tokio::{Argument, Layout};
@@ -74,7 +75,7 @@ pub fn find(program: &Program) -> Result<Probes, Refusal> {
             let offset = program.elf.file_offset(found.addr);
             let stepped = role == Role::Poll && !found.emulated;
             places.push(Place {
-                code: probe::Code::Executable,
+                code: probe::Code::File(Arc::clone(&program.file)),
                 offset: offset.ok_or_else(|| unproven("it lies outside of the file"))?,
                 role: if stepped { Role::PollStepped } else { role },
                 argument: Argument {

@@ -24,7 +24,7 @@ pub struct Program {
     /// The vtables of its tasks, by address.
     pub vtables: Vec<Vtable>,
     /// The file itself.
-    pub file: File,
+    pub file: Arc<File>,
     names: OnceLock<Vec<Arc<Name>>>,
     uses: OnceLock<Vec<Uses>>,
     waker_vtables: OnceLock<Vec<Vaddr>>,
@@ -54,6 +54,7 @@ impl Program {
             vtables,
             file: file
                 .try_clone()
+                .map(Arc::new)
                 .map_err(|error| unreadable(error.to_string()))?,
             names: OnceLock::new(),
             uses: OnceLock::new(),
