@@ -365,7 +365,7 @@ mod tests {
     #[test]
     fn types_have_no_padding() {
         assert_eq!(size_of::<SiteKey>(), 2 * 8);
-        assert_eq!(size_of::<Target>(), 2 * 8 + LAYOUT_WORDS * 8 + 2 * 4);
+        assert_eq!(size_of::<Target>(), 3 * 8 + LAYOUT_WORDS * 8 + 2 * 4);
         assert_eq!(size_of::<TargetSite>(), 3 * 8);
         assert_eq!(size_of::<SiteCount>(), 2 * 8);
         assert_eq!(size_of::<WaitKey>(), 2 * 4 + 2 * 8 + WAIT_FRAMES * 8);

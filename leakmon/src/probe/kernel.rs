@@ -385,7 +385,12 @@ impl Kernel {
         };
         let key = may_share.then(|| state.pool_key(pid, plan)).flatten();
         let joined = key.map(|key| {
-            let shares = state.join(&key, pid.get(), index);
+            let cookie = Cookie {
+                target: index,
+                argument: 0,
+                epoch: target.epoch,
+            };
+            let shares = state.join(&key, pid.get(), cookie);
             (key, shares)
         });
         // Dropping what was made takes the lock.
@@ -1147,7 +1152,8 @@ impl State {
     }
 
     /// Takes a process into a pool; whether it shares links there.
-    fn join(&mut self, key: &PoolKey, pid: u32, index: u16) -> Result<bool, Error> {
+    fn join(&mut self, key: &PoolKey, pid: u32, cookie: Cookie) -> Result<bool, Error> {
+        let index = cookie.target;
         let pool = self.pools.entry(key.clone()).or_default();
         if pool.own.len() < OWN_LINKS {
             pool.own.insert(index, (pid, Tier::Census));
@@ -1168,6 +1174,8 @@ impl State {
             .and_then(|pool| pool.shared.as_mut());
         if let Some(shared) = shared {
             shared.members.insert(index, Tier::Census);
+            let pool = shared.index;
+            self.set_member(pool, pid, cookie.pack())?;
         }
         Ok(true)
     }
@@ -1285,12 +1293,6 @@ impl State {
             argument: 0,
             epoch,
         };
-        let member = Cookie {
-            target: attached.index,
-            argument: 0,
-            epoch: attached.target.epoch,
-        };
-        self.set_member(index, attached.pid.get(), member.pack())?;
         if tier <= from {
             return Ok(());
         }

@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use leakmon::probe::{
-    Counts, Driver, Drivers, Governor, Kernel, Limits, Role, Tier, Way, calibrate,
+    Attached, Counts, Driver, Drivers, Governor, Kernel, Limits, Role, Tier, Way, calibrate,
 };
 use leakmon::task::SiteFlow;
 use target::Target;
@@ -263,6 +263,67 @@ fn another_process_of_the_same_file_is_not_counted() {
         .unwrap();
     assert_eq!(second.read().unwrap(), Counts::default());
     assert_eq!(flow(&first.read().unwrap()).spawned, 1000);
+}
+
+/// Hits of each process are counted once: those of a member for itself, those of one
+/// with links of its own by these, and with the others' where these are away.
+#[test]
+fn what_processes_share_is_counted_once() {
+    let _alone = alone();
+    let kernel = Kernel::load().unwrap();
+    if kernel.way() != Way::Multi {
+        eprintln!("this kernel has no uprobe_multi: nothing is shared");
+        return;
+    }
+    let mut targets: Vec<Target> = (0..7).map(|_| Target::start()).collect();
+    let joined = targets[..6].iter();
+    let mut attached: Vec<Attached> = joined
+        .map(|target| kernel.join(target.pid(), &target.plan()).unwrap())
+        .collect();
+    let shares: Vec<bool> = attached.iter().map(|one| one.pool().is_some()).collect();
+    assert_eq!(shares, [false, false, false, false, true, true]);
+    assert_eq!(attached[4].pool(), attached[5].pool());
+    let others = |attached: &[Attached]| attached[5].hits_of_others().unwrap().total();
+    let spawned = |one: &Attached| flow(&one.read().unwrap()).spawned;
+
+    // Only the shared links are attached, by one of the two.
+    attached[4].set_tier(Tier::Lifecycle).unwrap();
+    for target in &mut targets[4..6] {
+        target.run("churn 100");
+    }
+    assert_eq!((spawned(&attached[4]), spawned(&attached[5])), (100, 0));
+    assert_eq!(others(&attached), 0);
+    attached[5].set_tier(Tier::Blocking).unwrap();
+    targets[5].run("churn 100");
+    assert_eq!((spawned(&attached[4]), spawned(&attached[5])), (100, 100));
+    // One with links of its own, which are away, and one that nobody watches.
+    let mut before = others(&attached);
+    for which in [0, 6] {
+        targets[which].run("churn 100");
+        let after = others(&attached);
+        assert!(after >= before + 200, "{which}: {before} {after}");
+        before = after;
+    }
+    assert_eq!(attached[0].hits().unwrap().total(), 0);
+    // Less than what is shared: it counts for itself, and for the others.
+    attached[0].set_tier(Tier::Lifecycle).unwrap();
+    targets[0].run("churn 100");
+    assert_eq!(spawned(&attached[0]), 100);
+    assert!(others(&attached) >= before + 200);
+    // As much: for itself alone.
+    attached[0].set_tier(Tier::Blocking).unwrap();
+    before = others(&attached);
+    targets[0].run("churn 100");
+    assert_eq!((spawned(&attached[0]), others(&attached)), (200, before));
+    // What one of the two wants stays when the other one goes.
+    let left = attached.remove(4);
+    drop(left);
+    targets[4].run("churn 100");
+    targets[5].run("churn 100");
+    assert_eq!(spawned(&attached[4]), 200);
+    attached[4].set_tier(Tier::Census).unwrap();
+    targets[5].run("churn 100");
+    assert_eq!(spawned(&attached[4]), 200);
 }
 
 #[test]
