@@ -35,6 +35,10 @@ const OPENERS: usize = 2;
 /// time for each process.
 const ATTACHING: Duration = Duration::from_millis(200);
 
+/// A process that does not run its program for so long is counted, and not looked
+/// into: it would be gone before it is read.
+const SHORT: Duration = Duration::from_secs(1);
+
 /// Points of a process's past that are kept, and the time between them: an hour.
 const PAST: usize = 60;
 const PAST_EVERY: Duration = Duration::from_secs(60);
@@ -179,6 +183,8 @@ struct Entry {
     past: VecDeque<Past>,
     /// It is not watched at its age, and was not looked into for that.
     skipped: bool,
+    /// When it is looked into at the earliest.
+    not_before: Option<Instant>,
     name: String,
     path: String,
     command: String,
@@ -237,10 +243,9 @@ impl System {
 
     /// Takes in what the kernel tells of processes, instead of finding it out:
     /// those that are gone go at once, and those that run another program are
-    /// looked into at once.
+    /// looked into as soon as they have done so for a while.
     pub fn take(&mut self, events: &[ProcessEvent]) {
         self.told = true;
-        let mut new = false;
         for event in events {
             match *event {
                 ProcessEvent::Fork(_) => self.came += 1,
@@ -251,15 +256,16 @@ impl System {
                 ProcessEvent::Exec(pid) => {
                     self.entries.remove(&pid);
                     if let Some(glance) = discovery::glance(pid) {
-                        self.entries.insert(pid, Entry::new(glance));
-                        new = true;
+                        let entry = Entry {
+                            not_before: Some(Instant::now() + SHORT),
+                            ..Entry::new(glance)
+                        };
+                        self.entries.insert(pid, entry);
                     }
                 }
             }
         }
-        if new {
-            self.open_new();
-        }
+        self.open_new();
     }
 
     /// The kernel had no room for so many events: who came and went is not all
@@ -426,10 +432,12 @@ impl System {
 
     /// Finds the runtimes of the processes that are new.
     fn open_new(&mut self) {
+        let now = Instant::now();
         let new: Vec<u32> = self
             .entries
             .iter()
             .filter(|(_, entry)| matches!(entry.state, State::New))
+            .filter(|(_, entry)| entry.not_before.is_none_or(|time| time <= now))
             .map(|(pid, _)| *pid)
             .collect();
         if new.is_empty() {
@@ -534,7 +542,9 @@ impl System {
     fn rows(&mut self) -> Vec<Row> {
         let mut rows = Vec::new();
         for (pid, entry) in &self.entries {
-            if entry.lost || entry.depth() == Depth::Off {
+            // Of one that was not looked into nobody knows whether it is wanted.
+            let unknown = matches!(entry.state, State::New);
+            if entry.lost || unknown || entry.depth() == Depth::Off {
                 continue;
             }
             let user = self
@@ -574,6 +584,7 @@ impl Entry {
             depths: Depths::default(),
             lost: false,
             skipped: false,
+            not_before: None,
             placement: Placement::default(),
             environment: Environment::default(),
             counted_since: SystemTime::now(),
