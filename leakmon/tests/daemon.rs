@@ -820,19 +820,26 @@ fn ten_thousand_connections() {
     assert_eq!(daemon.get("/healthz"), "ok\n");
 }
 
+/// A program whose dump takes a client its time, read by a daemon with these lines for
+/// HTTP; `None` without the fixture.
+fn with_long_dumps(http: &str) -> Option<(Running, Daemon)> {
+    let holder = fixture("holder", "plain")?;
+    let target = Running::command(Command::new(&holder.path).args(["-n", "150000"]));
+    let daemon = Daemon::start("", http, "");
+    wait_until("it is read", || {
+        daemon.metric("go_goroutine_count", target.pid()).is_some()
+    });
+    Some((target, daemon))
+}
+
 /// Whoever asks for a dump and does not take it holds up nobody, takes no more
 /// memory than there is for all, and is sent away.
 #[test]
 fn dumps_that_nobody_takes() {
-    let Some(holder) = fixture("holder", "plain") else {
+    let Some((target, daemon)) = with_long_dumps("connections = 12\ntimeout = \"15s\"") else {
         return;
     };
-    let target = Running::command(Command::new(&holder.path).args(["-n", "150000"]));
     let pid = target.pid();
-    let daemon = Daemon::start("", "connections = 12\ntimeout = \"15s\"", "");
-    wait_until("it is read", || {
-        daemon.metric("go_goroutine_count", pid).is_some()
-    });
     let address: SocketAddr = daemon.address.parse().expect("an address");
     let ask = |path: &str| {
         let mut stream = TcpStream::connect(address).expect("a connection");
@@ -893,15 +900,10 @@ fn dumps_that_nobody_takes() {
 /// Where every connection is being answered, a new one is told so.
 #[test]
 fn no_place_is_a_clear_answer() {
-    let Some(holder) = fixture("holder", "plain") else {
+    let Some((target, daemon)) = with_long_dumps("connections = 1\ntimeout = \"15s\"") else {
         return;
     };
-    let target = Running::command(Command::new(&holder.path).args(["-n", "150000"]));
     let pid = target.pid();
-    let daemon = Daemon::start("", "connections = 1\ntimeout = \"15s\"", "");
-    wait_until("it is read", || {
-        daemon.metric("go_goroutine_count", pid).is_some()
-    });
     let mut slow = TcpStream::connect(&daemon.address).expect("a connection");
     let request = format!("GET /processes/{pid}/stacks HTTP/1.1\r\nHost: localhost\r\n\r\n");
     slow.write_all(request.as_bytes()).expect("a request");

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::daemon::Daemon;
 use common::{Owned, all, fixtures};
+use leakmon::process::discovery::TICKS;
 
 /// Processes that start each second, and as many that end.
 const CHURN: u64 = 50;
@@ -38,15 +39,12 @@ struct Use {
 
 impl Use {
     fn of(pid: u32) -> Use {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("it runs");
-        let (_, fields) = stat.rsplit_once(") ").expect("a name");
-        let field = |at: usize| fields.split(' ').nth(at)?.parse::<u64>().ok();
-        let number = |at: usize| field(at).expect("a number");
+        let process = procfs::process::Process::new(pid.cast_signed());
+        let stat = process.and_then(|process| process.stat()).expect("it runs");
         Use {
             at: Instant::now(),
-            // USER_HZ is 100.
-            cpu: Duration::from_millis(10 * (number(11) + number(12))),
-            resident: number(21) * 4096,
+            cpu: Duration::from_millis((stat.utime + stat.stime) * 1000 / TICKS),
+            resident: stat.rss * procfs::page_size(),
         }
     }
 

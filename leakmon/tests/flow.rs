@@ -57,8 +57,7 @@ impl Watch {
     fn fresh_report_on(&self, pid: u32) -> Value {
         let since = common::now();
         self.report_that("is new", |report| {
-            report["process"]["pid"] == pid
-                && report["time_unix_seconds"].as_f64() > Some(since + 0.3)
+            report["process"]["pid"] == pid && is_new(report, since)
         })
     }
 
@@ -92,11 +91,8 @@ impl Watch {
 
     /// The first report that was begun after this call.
     fn fresh_report(&self) -> Value {
-        let now = common::now();
-        self.report_that("is new", |report| {
-            // Its time is that of its end, its census lies before it.
-            report["time_unix_seconds"].as_f64() > Some(now + 0.3)
-        })
+        let since = common::now();
+        self.report_that("is new", |report| is_new(report, since))
     }
 
     /// Ends leakmon as Ctrl-C does.
@@ -105,6 +101,12 @@ impl Watch {
         self.leakmon.signal(Signal::SIGINT);
         self.leakmon.finish().expect_code(0);
     }
+}
+
+/// Whether a report was begun after `since`: its time is that of its end, its census
+/// lies before it.
+fn is_new(report: &Value, since: f64) -> bool {
+    report["time_unix_seconds"].as_f64() > Some(since + 0.3)
 }
 
 /// What the churner says of itself.

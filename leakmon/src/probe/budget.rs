@@ -50,7 +50,7 @@ const TICK: (Duration, Duration) = (Duration::from_millis(5), Duration::from_mil
 const ACQUAINTED: Duration = Duration::from_secs(1);
 
 /// Before a tier that was given up is tried again: first, and at most.
-pub(super) const RETRY: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(320));
+const RETRY: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(320));
 
 /// Time constant of the averages of CPU use and cost.
 const AVERAGE: Duration = Duration::from_millis(500);
@@ -127,11 +127,22 @@ fn weight(time: Duration) -> f64 {
     1.0 - (-time.as_secs_f64() / AVERAGE.as_secs_f64()).exp()
 }
 
-/// A tier that was given up.
-#[derive(Clone, Copy, Debug)]
-struct Retry {
-    at: Duration,
-    pause: Duration,
+/// What was given up, and is tried again ever more rarely.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Retry {
+    pub(super) at: Duration,
+    pub(super) pause: Duration,
+}
+
+impl Retry {
+    /// It is given up now, after it was `before`.
+    pub(super) fn after(before: Option<Retry>, now: Duration) -> Retry {
+        let pause = before.map_or(RETRY.0, |retry| (retry.pause * 2).min(RETRY.1));
+        Retry {
+            at: now + pause,
+            pause,
+        }
+    }
 }
 
 /// Decides what is attached to one target. See the module's documentation.
@@ -338,13 +349,7 @@ impl Governor {
             && rate * MIN_SHARE > self.allowance
             && self.seen >= ACQUAINTED
         {
-            let pause = self
-                .retry
-                .map_or(RETRY.0, |retry| (retry.pause * 2).min(RETRY.1));
-            self.retry = Some(Retry {
-                at: now + pause,
-                pause,
-            });
+            self.retry = Some(Retry::after(self.retry, now));
             self.wanted = below(self.wanted);
             return;
         }

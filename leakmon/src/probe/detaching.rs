@@ -7,8 +7,10 @@
 //! Links that nobody is closing are closed by the end of the process, whatever it
 //! is that ends it.
 
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex};
 use std::time::Duration;
+
+use super::lock;
 
 /// How many are detaching, and whether leakmon ends.
 static STATE: Mutex<(usize, bool)> = Mutex::new((0, false));
@@ -20,7 +22,7 @@ pub(super) struct Detaching(());
 impl Detaching {
     /// `None` when leakmon ends: nothing is to be detached any more.
     pub(super) fn begin() -> Option<Detaching> {
-        let mut state = STATE.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&STATE);
         if state.1 {
             return None;
         }
@@ -31,7 +33,7 @@ impl Detaching {
 
 impl Drop for Detaching {
     fn drop(&mut self) {
-        STATE.lock().unwrap_or_else(PoisonError::into_inner).0 -= 1;
+        lock(&STATE).0 -= 1;
         DONE.notify_all();
     }
 }
@@ -39,7 +41,7 @@ impl Drop for Detaching {
 /// Waits until nothing is being detached, and for `limit` at the most; from then on
 /// nothing is. To be called before leakmon ends.
 pub fn settle(limit: Duration) {
-    let mut state = STATE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut state = lock(&STATE);
     state.1 = true;
     let waited = DONE.wait_timeout_while(state, limit, |state| state.0 > 0);
     if let Ok((state, _)) = waited

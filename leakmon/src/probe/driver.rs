@@ -6,13 +6,14 @@
 //! of all agree on.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use super::budget::{Governor, Interval, Reading, Step, cpu_time};
 use super::counts::{Counts, CreationStack, KnownTask};
 use super::error::Error;
 use super::kernel::Attached;
+use super::lock;
 use super::plan::Tier;
 
 /// The time to the next tick where nothing is governed.
@@ -41,7 +42,6 @@ struct Shared {
     wake: Condvar,
 }
 
-#[derive(Default)]
 struct State {
     seats: Vec<Seat>,
     /// Of those who share the probes and whom nobody watches.
@@ -87,11 +87,6 @@ pub struct Status {
     pub gaps: u64,
     /// The same for the timing of waits.
     pub wait_gaps: u64,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // No change of what is locked is left half done by a panic.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drivers {
@@ -141,19 +136,7 @@ impl Drivers {
 
 impl Driver {
     fn with<T>(&self, look: impl FnOnce(&mut Seat) -> T) -> T {
-        self.with_all(|_, seat| look(seat))
-    }
-
-    /// With the tier that is in force for all who share the probes.
-    fn with_all<T>(&self, look: impl FnOnce(Tier, &mut Seat) -> T) -> T {
-        let mut state = lock(&self.shared.state);
-        let in_force = state.in_force();
-        let mut seats = state.seats.iter_mut();
-        let seat = seats.find(|seat| seat.number == self.number);
-        look(
-            in_force,
-            seat.expect("a seat is taken away after its driver alone"),
-        )
+        look(lock(&self.shared.state).seat(self.number))
     }
 
     /// Everything that was counted since the process was first attached.
@@ -187,7 +170,10 @@ impl Driver {
 
     /// What is attached.
     pub fn status(&self) -> Status {
-        self.with_all(|in_force, seat| Status {
+        let mut state = lock(&self.shared.state);
+        let in_force = state.in_force();
+        let seat = state.seat(self.number);
+        Status {
             tier: seat.governor.tier().min(in_force),
             attached: seat.attached.tier(),
             learning: seat.attached.is_learning(),
@@ -195,7 +181,7 @@ impl Driver {
             failed: seat.failed.clone(),
             gaps: seat.gaps,
             wait_gaps: seat.wait_gaps,
-        })
+        }
     }
 }
 
@@ -261,6 +247,12 @@ impl Shared {
 }
 
 impl State {
+    /// The seat with this number, which its driver has.
+    fn seat(&mut self, number: u64) -> &mut Seat {
+        let seat = self.seats.iter_mut().find(|seat| seat.number == number);
+        seat.expect("a seat is taken away after its driver alone")
+    }
+
     /// Reads, decides and attaches; the time to the next tick.
     fn tick(&mut self, now: Duration) -> Duration {
         let mut agreed = Step {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::num::NonZeroU32;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use aya::maps::{Array, Map, MapData, MapError, PerCpuArray, PerCpuValues, Queue, RingBuf};
@@ -26,6 +26,7 @@ use super::detaching::Detaching;
 use super::error::{Error, errno};
 use super::events::ProcessEvents;
 use super::features::{self, Features};
+use super::lock;
 use super::object::{Cookies, Image, Object};
 use super::others::{self, CpuReading, Others};
 use super::plan::{Code, Kind, Place, Plan, Role, Tier};
@@ -188,11 +189,6 @@ struct State {
 pub struct Kernel {
     shared: Arc<Mutex<State>>,
     way: Way,
-}
-
-fn lock(shared: &Mutex<State>) -> MutexGuard<'_, State> {
-    // Every change of the state is complete before it can panic.
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Kernel {
@@ -385,12 +381,7 @@ impl Kernel {
         };
         let key = may_share.then(|| state.pool_key(pid, plan)).flatten();
         let joined = key.map(|key| {
-            let cookie = Cookie {
-                target: index,
-                argument: 0,
-                epoch: target.epoch,
-            };
-            let shares = state.join(&key, pid.get(), cookie);
+            let shares = state.join(&key, pid.get(), target_cookie(index, target.epoch));
             (key, shares)
         });
         // Dropping what was made takes the lock.
@@ -411,11 +402,7 @@ impl Kernel {
     pub fn attach_empty(&self, pid: u32, places: &[Place]) -> Result<Empty, Error> {
         let pid = NonZeroU32::new(pid).ok_or(Error::Plan("process 0 is the kernel's"))?;
         let places: Vec<&Place> = places.iter().collect();
-        let cookie = Cookie {
-            target: 0,
-            argument: 0,
-            epoch: 0,
-        };
+        let cookie = target_cookie(0, 0);
         let links =
             lock(&self.shared).link(Kind::Entry(EMPTY), pid, Scope::Process, cookie, &places)?;
         Ok(Empty(links))
@@ -520,11 +507,7 @@ impl Switches {
         let mut state = lock(&attached.shared);
         let pid = attached.pid.get();
         if watched && !self.watched {
-            let cookie = Cookie {
-                target: attached.index,
-                argument: 0,
-                epoch: attached.target.epoch,
-            };
+            let cookie = attached.cookie();
             attached.counted = true;
             attached.target.blocking_since = monotonic();
             state.set_target(attached.index, attached.target)?;
@@ -621,6 +604,21 @@ fn path(code: &Code, pid: NonZeroU32) -> String {
     }
 }
 
+/// Whether leakmon sees the process ids that the kernel gives.
+fn in_initial_pid_namespace() -> bool {
+    let namespace = std::fs::metadata("/proc/self/ns/pid");
+    namespace.is_ok_and(|meta| meta.ino() == INITIAL_PID_NAMESPACE)
+}
+
+/// What a target's links have in their cookies, whatever the place.
+fn target_cookie(target: u16, epoch: u32) -> Cookie {
+    Cookie {
+        target,
+        argument: 0,
+        epoch,
+    }
+}
+
 /// The attach cookie of a place.
 fn at(cookie: Cookie, place: &Place) -> u64 {
     Cookie {
@@ -710,8 +708,7 @@ impl State {
             return Ok(());
         }
         let unsupported = |why: String| Error::Unsupported { what, why };
-        let namespace = std::fs::metadata("/proc/self/ns/pid").map(|meta| meta.ino());
-        if namespace.ok() != Some(INITIAL_PID_NAMESPACE) {
+        if !in_initial_pid_namespace() {
             return Err(unsupported(
                 "leakmon does not run in the initial pid namespace, whose process ids the \
                  kernel gives (run it on the host, or in a container with the host's)"
@@ -1128,8 +1125,7 @@ impl State {
     /// may not: the links would need the process, or the kernel's process ids
     /// are not those that leakmon sees.
     fn pool_key(&mut self, pid: NonZeroU32, plan: &Plan) -> Option<PoolKey> {
-        let namespace = std::fs::metadata("/proc/self/ns/pid").ok()?.ino();
-        if self.way != Way::Multi || namespace != INITIAL_PID_NAMESPACE {
+        if self.way != Way::Multi || !in_initial_pid_namespace() {
             return None;
         }
         let mut key = Vec::with_capacity(plan.places.len());
@@ -1287,12 +1283,8 @@ impl State {
             return Err(Error::Plan("its pool is gone"));
         };
         shared.members.insert(attached.index, tier);
-        let (index, epoch, from) = (shared.index, shared.epoch, shared.tier);
-        let cookie = Cookie {
-            target: index,
-            argument: 0,
-            epoch,
-        };
+        let cookie = target_cookie(shared.index, shared.epoch);
+        let from = shared.tier;
         if tier <= from {
             return Ok(());
         }
@@ -1566,6 +1558,10 @@ pub struct Attached {
 }
 
 impl Attached {
+    fn cookie(&self) -> Cookie {
+        target_cookie(self.index, self.target.epoch)
+    }
+
     /// With whom it shares its links, if with anybody: those have the same
     /// number. What one of them attaches all pay for.
     pub fn pool(&self) -> Option<u32> {
@@ -1608,11 +1604,7 @@ impl Attached {
             return Ok(());
         }
         let mut state = lock(&self.shared);
-        let cookie = Cookie {
-            target: self.index,
-            argument: 0,
-            epoch: self.target.epoch,
-        };
+        let cookie = self.cookie();
         if self.tier == Tier::Census && self.has_tracepoints() {
             if self.counted {
                 state.forget_old_threads(self.index)?;

@@ -27,6 +27,8 @@ mod pool;
 mod registers;
 mod sys;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 pub use budget::{FLOOR_PERCENT, Governor, Interval, MIN_SHARE, Reading, Step, cpu_time};
 pub use calibrate::{Cost, calibrate, load};
 pub use counts::{
@@ -40,3 +42,9 @@ pub use features::{Feature, Features};
 pub use kernel::{Attached, Empty, Kernel, Limits, Way};
 pub use plan::{Code, Layout, Place, Plan, Role, Tier};
 pub use registers::ThreadRegisters;
+
+/// Locks what no panic leaves half changed: every change of it is complete before
+/// it can panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

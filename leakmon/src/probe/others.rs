@@ -11,7 +11,7 @@
 use std::io;
 use std::time::Duration;
 
-use super::budget::{FLOOR_PERCENT, RETRY};
+use super::budget::{FLOOR_PERCENT, Retry};
 use crate::process::discovery::TICKS;
 
 /// What a switch costs that is of no watched thread, in nanoseconds. Two
@@ -43,8 +43,8 @@ pub(super) struct Others {
     /// When the present window began, with the readings of then; `None` while
     /// nothing is attached.
     window: Option<(Duration, Vec<CpuReading>)>,
-    /// Since when it was too dear, and for how long nobody tries.
-    refused: Option<(Duration, Duration)>,
+    /// It was too dear, and until then nobody tries.
+    refused: Option<Retry>,
 }
 
 impl Others {
@@ -79,21 +79,17 @@ impl Others {
         self.window = Some((now, cpus));
         match self.refused {
             // Whoever is attached has yet to go: it is the same window's end.
-            Some((since, pause)) if now < since + pause => {}
-            refused if too_dear => {
-                let pause = refused.map_or(RETRY.0, |(_, pause)| (pause * 2).min(RETRY.1));
-                self.refused = Some((now, pause));
-            }
+            Some(retry) if now < retry.at => {}
+            refused if too_dear => self.refused = Some(Retry::after(refused, now)),
             // It was cheap for as long as it had been refused.
-            Some((since, pause)) if now >= since + 2 * pause => self.refused = None,
+            Some(retry) if now >= retry.at + retry.pause => self.refused = None,
             _ => {}
         }
     }
 
     /// Whether switches are to be left alone.
     pub(super) fn refuses(&self, now: Duration) -> bool {
-        self.refused
-            .is_some_and(|(since, pause)| now < since + pause)
+        self.refused.is_some_and(|retry| now < retry.at)
     }
 }
 
