@@ -220,8 +220,8 @@ pub enum Dropped {
     /// A goroutine went on that was not seen to park in this window. This is no
     /// loss: it parked before leakmon came.
     UnmatchedResume = 4,
-    /// A goroutine parked that was not seen to go on: its earlier wait's
-    /// duration is lost.
+    /// A goroutine parked, or a thread was taken from its CPU or ended, that was
+    /// not seen to go on: its earlier wait's duration is lost.
     LostResume = 5,
     /// The map of tasks, or of threads' births, is full: one is not followed.
     TasksFull = 6,

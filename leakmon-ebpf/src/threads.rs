@@ -239,6 +239,21 @@ fn is_of(hit: &Hit<'_>, thread: &ThreadEntry, task: *const c_void) -> bool {
     offsets.and_then(|offsets| kernel(task, offsets.start_time)) == Some(thread.born)
 }
 
+/// The current thread runs. When it was not seen to be put on its CPU, how long
+/// its latest wait took is lost: programs do not run in every thread of every
+/// kernel (a virtual machine's may keep its own agent's from them), and so not in
+/// each switch from one thread to another.
+#[inline(always)]
+fn runs(hit: &Hit<'_>, thread: &mut ThreadEntry) {
+    let since = thread.since;
+    if since != 0 {
+        thread.since = 0;
+        if hit.target.blocking_since != 0 && since >= hit.target.blocking_since {
+            hit.dropped(Dropped::LostResume);
+        }
+    }
+}
+
 /// `sched_process_exit`, in the thread that ends.
 #[raw_tracepoint]
 pub fn thread_exit(ctx: RawTracePointContext) -> i32 {
@@ -256,11 +271,12 @@ fn exit(ctx: &RawTracePointContext) -> Option<()> {
     }
     let tid = current as u32;
     let mut site = SiteKey::default();
-    if let Some(thread) = THREADS.get_ptr(tid) {
+    if let Some(thread) = THREADS.get_ptr_mut(tid) {
         // SAFETY: the thread's own entry.
         unsafe {
             if is_of(&hit, &*thread, ctx.arg(0)) {
                 site = (*thread).site;
+                runs(&hit, &mut *thread);
             }
         }
         let _ = THREADS.remove(tid);
@@ -350,6 +366,7 @@ fn off<const OLD: bool>(ctx: &RawTracePointContext) -> Option<()> {
     // SAFETY: the thread's own entry: it is written in its own switches alone,
     // one after the other.
     let thread = unsafe { &mut *thread? };
+    runs(&hit, thread);
     // As the kernel counts them (`__schedule`, kernel/sched/core.c).
     if ctx.arg::<u64>(0) as u8 != 0 || state == 0 {
         thread.involuntary += 1;
