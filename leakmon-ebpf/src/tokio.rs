@@ -108,6 +108,14 @@ pub fn tokio_poll_old(ctx: ProbeContext) -> u32 {
     called::<true>(ctx)
 }
 
+/// What a thread has before its first poll. It is not made on the stack, of which
+/// this program needs nearly all there is.
+static NO_POLLS: Polls = Polls {
+    since: 0,
+    depth: 0,
+    polls: [0; NESTED_POLLS],
+};
+
 #[inline(always)]
 fn called<const OLD: bool>(ctx: ProbeContext) -> u32 {
     let Some(hit) = call(ctx.as_ptr()) else {
@@ -116,29 +124,27 @@ fn called<const OLD: bool>(ctx: ProbeContext) -> u32 {
     let poll = begin::<OLD, _>(&ctx, &hit, first(&ctx)).unwrap_or(0);
     let thread = bpf_get_current_pid_tgid();
     let since = hit.target.lifecycle_since;
-    if let Some(polls) = POLLING.get_ptr_mut(thread) {
-        // SAFETY: the thread's own entry.
-        let polls = unsafe { &mut *polls };
-        if polls.since != since {
-            // Those returned while the probes were away.
-            polls.since = since;
-            polls.depth = 0;
+    let mut polls = POLLING.get_ptr_mut(thread);
+    if polls.is_none() {
+        if POLLING.insert(thread, &NO_POLLS, 0).is_err() && hit.dropped(Dropped::ThreadsFull) {
+            warn!(&ctx, "the map of polling threads is full");
         }
-        if let Some(place) = polls.polls.get_mut(polls.depth as usize) {
-            *place = poll;
-        }
-        polls.depth += 1;
+        polls = POLLING.get_ptr_mut(thread);
+    }
+    let Some(polls) = polls else {
         return 0;
-    }
-    let mut polls = Polls {
-        since,
-        depth: 1,
-        ..Polls::default()
     };
-    polls.polls[0] = poll;
-    if POLLING.insert(thread, polls, 0).is_err() && hit.dropped(Dropped::ThreadsFull) {
-        warn!(&ctx, "the map of polling threads is full");
+    // SAFETY: the thread's own entry.
+    let polls = unsafe { &mut *polls };
+    if polls.since != since {
+        // Those returned while the probes were away.
+        polls.since = since;
+        polls.depth = 0;
     }
+    if let Some(place) = polls.polls.get_mut(polls.depth as usize) {
+        *place = poll;
+    }
+    polls.depth += 1;
     0
 }
 

@@ -32,11 +32,7 @@ pub(crate) fn run() -> Result<Go> {
 
 /// Builds leakmon in release and gives the program's path.
 pub(crate) fn build_leakmon() -> Result<PathBuf> {
-    step("leakmon", || {
-        cargo()
-            .args(["build", "--release", "--package", "leakmon"])
-            .run()
-    })?;
+    step("leakmon", || cargo().args(["build", "--release"]).run())?;
     Ok(workspace::target().join("release/leakmon"))
 }
 

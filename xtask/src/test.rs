@@ -15,7 +15,7 @@ use crate::vm;
 /// What to test beyond this machine.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// Boot other kernels too and test there, as `cargo xtask vm` does
+    /// Boot other kernels too, and run there what `cargo xtask vm` runs, in brief
     #[arg(long)]
     vm: bool,
 }
@@ -53,7 +53,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             .run()
     })?;
     if options.vm {
-        vm::test(&go, &vm::Options::default())?;
+        vm::test(&go)?;
     }
     println!("==> all passed in {}", progress::seconds(start.elapsed()));
     Ok(())

@@ -72,7 +72,7 @@ pub fn run(args: &DaemonArgs) -> Result<Exit, Failure> {
         println!("the configuration is good");
         return Ok(Exit::Success);
     }
-    super::system::more_files();
+    super::system::prepare();
     let tls = http::tls(&config.http).map_err(failed)?;
     let address = config.http.listen;
     let listener = std::net::TcpListener::bind(address)

@@ -27,7 +27,7 @@ use std::time::Duration;
 use crate::task::{SiteHash, SiteState, WaitClass, WaitState, human};
 use series::Series;
 
-/// Waits whose past is kept. At 2 KiB each, 16 MiB.
+/// Waits whose past is kept. At 1.2 KiB each, 10 MiB.
 const MAX_SERIES: usize = 8192;
 
 /// Sites whose live count at the start is kept.

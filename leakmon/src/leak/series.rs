@@ -10,13 +10,36 @@ const WINDOW: usize = 32;
 /// Growth below this many tasks is noise.
 const LEAST_GROWTH: u64 = 3;
 
+/// One census. There are thousands of waits with 64 of them each.
 #[derive(Clone, Copy, Debug)]
 struct Sample {
-    at: Duration,
-    /// Tasks in the wait.
-    count: u64,
-    /// Of these, not run since an earlier census.
-    held: u64,
+    at_milliseconds: u64,
+    count: u32,
+    held: u32,
+}
+
+impl Sample {
+    /// `held` of the `count` tasks in the wait have not run since an earlier census.
+    fn new(at: Duration, count: u64, held: u64) -> Sample {
+        let few = |tasks: u64| u32::try_from(tasks).unwrap_or(u32::MAX);
+        Sample {
+            at_milliseconds: u64::try_from(at.as_millis()).unwrap_or(u64::MAX),
+            count: few(count),
+            held: few(held),
+        }
+    }
+
+    fn at(self) -> Duration {
+        Duration::from_millis(self.at_milliseconds)
+    }
+
+    fn count(self) -> u64 {
+        u64::from(self.count)
+    }
+
+    fn held(self) -> u64 {
+        u64::from(self.held)
+    }
 }
 
 /// Tasks in a wait that stay there become more.
@@ -88,8 +111,10 @@ impl Series {
 
     pub(super) fn new() -> Series {
         Series {
-            recent: VecDeque::new(),
-            long: Vec::new(),
+            // All of it at once: what is watched for days takes no more than at
+            // its start.
+            recent: VecDeque::with_capacity(WINDOW),
+            long: Vec::with_capacity(WINDOW),
             stride: 1,
             skipped: 0,
             peak: 0,
@@ -113,47 +138,40 @@ impl Series {
     /// Tasks that came since the census before.
     pub(super) fn newcomers(&self) -> u64 {
         self.last
-            .map_or(0, |last| last.count.saturating_sub(self.before))
+            .map_or(0, |last| last.count().saturating_sub(self.before))
     }
 
     /// Takes in census number `census`.
     pub(super) fn observe(&mut self, census: u64, at: Duration, count: u64, held: u64) {
         self.seen = census;
-        self.push(census, Sample { at, count, held });
+        self.push(census, Sample::new(at, count, held));
     }
 
     /// Takes in a census in which nobody was here.
     pub(super) fn observe_none(&mut self, census: u64, at: Duration) {
-        self.push(
-            census,
-            Sample {
-                at,
-                count: 0,
-                held: 0,
-            },
-        );
+        self.push(census, Sample::new(at, 0, 0));
     }
 
     fn push(&mut self, census: u64, sample: Sample) {
         self.before = 0;
         if let Some(last) = self.last {
-            self.before = last.count;
-            if sample.held < last.count {
+            self.before = last.count();
+            if sample.held() < last.count() {
                 // Someone ran or left.
                 if let Some(since) = self.still_since {
-                    self.longest_still = self.longest_still.max(sample.at.saturating_sub(since));
+                    self.longest_still = self.longest_still.max(sample.at().saturating_sub(since));
                 }
-                self.still_since = (sample.count > 0).then_some(sample.at);
+                self.still_since = (sample.count() > 0).then_some(sample.at());
                 self.still_samples = 0;
             }
-            if sample.held > last.held {
-                self.gained_at = sample.at;
+            if sample.held() > last.held() {
+                self.gained_at = sample.at();
             }
         }
-        if sample.count > 0 && self.still_since.is_none() {
-            self.still_since = Some(sample.at);
+        if sample.count() > 0 && self.still_since.is_none() {
+            self.still_since = Some(sample.at());
         }
-        if sample.held >= 2 {
+        if sample.held() >= 2 {
             self.still_samples = self.still_samples.saturating_add(1);
         }
         self.last = Some(sample);
@@ -164,7 +182,7 @@ impl Series {
         if self.recent.len() == WINDOW
             && let Some(gone) = self.recent.pop_front()
         {
-            self.peak = self.peak.max(gone.held);
+            self.peak = self.peak.max(gone.held());
         }
         self.recent.push_back(sample);
         self.skipped += 1;
@@ -186,7 +204,7 @@ impl Series {
     pub(super) fn growth(&self, needed: usize) -> Option<Growth> {
         let last = self.last?;
         let mut long = self.long.clone();
-        if long.last().is_some_and(|sample| sample.at < last.at) {
+        if long.last().is_some_and(|sample| sample.at() < last.at()) {
             long.push(last);
         }
         // A slow leak only shows in the long window, and where both show it
@@ -194,7 +212,7 @@ impl Series {
         if let Some(growth) = self.growth_in(&long, needed) {
             return Some(growth);
         }
-        if self.peak >= last.held {
+        if self.peak >= last.held() {
             return None;
         }
         let recent: Vec<Sample> = self.recent.iter().copied().collect();
@@ -208,43 +226,43 @@ impl Series {
         }
         let (mut gained, mut lost, mut gains) = (0u64, 0u64, 0u32);
         for pair in window.windows(2) {
-            let (a, b) = (pair[0].held, pair[1].held);
+            let (a, b) = (pair[0].held(), pair[1].held());
             gained += b.saturating_sub(a);
             lost += a.saturating_sub(b);
             gains += u32::from(b > a);
         }
-        let growth = last.held.saturating_sub(first.held);
-        let noise = (first.held as f64).sqrt();
+        let growth = last.held().saturating_sub(first.held());
+        let noise = (first.held() as f64).sqrt();
         // A single jump is not a growth.
         if growth < LEAST_GROWTH || (growth as f64) < noise || gains < 2 || lost * 10 > gained {
             return None;
         }
 
         // Where it was lowest last, the growth began.
-        let lowest = window.iter().map(|sample| sample.held).min()?;
-        let start = window.iter().rev().find(|sample| sample.held == lowest)?;
-        let time = last.at.saturating_sub(start.at);
+        let lowest = window.iter().map(|sample| sample.held()).min()?;
+        let start = window.iter().rev().find(|sample| sample.held() == lowest)?;
+        let time = last.at().saturating_sub(start.at());
         if time.is_zero() {
             return None;
         }
         let step = time / u32::try_from(window.len() - 1).unwrap_or(u32::MAX).max(1);
         let patience = (time / gains * 4).max(step * 3);
-        if last.at.saturating_sub(self.gained_at) > patience {
+        if last.at().saturating_sub(self.gained_at) > patience {
             return None;
         }
-        let third = last.at.saturating_sub(time / 3);
+        let third = last.at().saturating_sub(time / 3);
         let then = window
             .iter()
             .rev()
-            .find(|sample| sample.at <= third)
+            .find(|sample| sample.at() <= third)
             .unwrap_or(first);
         // A third of the time should bring a third of the growth: a quarter of that will do.
-        if last.held.saturating_sub(then.held) * 12 < last.held - start.held {
+        if last.held().saturating_sub(then.held()) * 12 < last.held() - start.held() {
             return None;
         }
         Some(Growth {
-            since: start.at,
-            from: start.count,
+            since: start.at(),
+            from: start.count(),
         })
     }
 
@@ -252,8 +270,8 @@ impl Series {
     /// have, or too lately, or when longer standstills have ended before.
     pub(super) fn stuck(&self, least: u64, patience: Duration) -> Option<Duration> {
         let last = self.last?;
-        let still = last.at.saturating_sub(self.still_since?);
-        let enough = last.held >= least
+        let still = last.at().saturating_sub(self.still_since?);
+        let enough = last.held() >= least
             && self.still_samples >= 2
             && still >= patience
             && still > self.longest_still * 3;

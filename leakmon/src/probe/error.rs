@@ -27,7 +27,7 @@ pub enum Error {
         program: &'static str,
         /// The kernel's answer.
         source: io::Error,
-        /// The verifier's output.
+        /// The end of the verifier's output.
         log: String,
     },
     /// The object that was compiled in is not what this code expects.
@@ -92,6 +92,23 @@ impl Error {
         match source.raw_os_error() {
             Some(libc::EPERM | libc::EACCES) => Error::Permission { call, source },
             _ => other(source),
+        }
+    }
+
+    /// That a program was not loaded. EACCES is the verifier's word, too: where it
+    /// said something, nobody was denied anything.
+    pub(super) fn refused(program: &'static str, source: io::Error, log: String) -> Error {
+        if log.is_empty() {
+            return Error::or_permission("bpf", source, |source| Error::Program {
+                program,
+                source,
+                log,
+            });
+        }
+        Error::Program {
+            program,
+            source,
+            log,
         }
     }
 }

@@ -73,15 +73,8 @@ impl Features {
     pub(super) fn detect(types: Option<&Btf>) -> Result<Features, Error> {
         // exit with 0.
         let nothing = [instruction(0xb7, 0, 0, 0, 0), exit()];
-        sys::load_program("try", ProgramType::Uprobe, &nothing, c"GPL").map_err(
-            |(source, log)| {
-                Error::or_permission("bpf", source, |source| Error::Program {
-                    program: "try",
-                    source,
-                    log,
-                })
-            },
-        )?;
+        sys::load_program("try", ProgramType::Uprobe, &nothing, c"GPL")
+            .map_err(|(source, log)| Error::refused("try", source, log))?;
         let links = |program_type, when| {
             loads(program_type, &nothing)
                 .is_some_and(|program| sys::has_uprobe_links(program.as_fd(), when))

@@ -180,15 +180,8 @@ impl Object {
         if let Cookies::Constant(cookie) = cookies {
             set_cookie(&mut instructions, cookie);
         }
-        sys::load_program(name, program_type, &instructions, &function.license).map_err(
-            |(source, log)| {
-                Error::or_permission("bpf", source, |source| Error::Program {
-                    program: name,
-                    source,
-                    log,
-                })
-            },
-        )
+        sys::load_program(name, program_type, &instructions, &function.license)
+            .map_err(|(source, log)| Error::refused(name, source, log))
     }
 }
 

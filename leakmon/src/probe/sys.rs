@@ -66,8 +66,13 @@ impl ProgramType {
     }
 }
 
-/// Bytes of verifier output kept when a program is refused.
-const LOG_SIZE: usize = 64 * 1024;
+/// Bytes of verifier output that are taken when a program is refused: the most
+/// that kernels before 5.13 give (`bpf_check`, kernel/bpf/verifier.c). Why it is
+/// refused stands at the end.
+const LOG_SIZE: usize = (1 << 24) - 1;
+
+/// Lines of it that are kept.
+const LOG_LINES: usize = 16;
 
 /// `bpf_attr` of `BPF_PROG_LOAD`, as far as it is used.
 #[repr(C)]
@@ -184,7 +189,8 @@ fn raw(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd().cast_unsigned()
 }
 
-/// Loads a program. The error's second part is the verifier's output.
+/// Loads a program. The error's second part is the end of the verifier's output:
+/// empty where it did not come to the verifier.
 pub(super) fn load_program(
     name: &str,
     program_type: ProgramType,
@@ -231,7 +237,10 @@ pub(super) fn load_program(
         let mut log = vec![0; LOG_SIZE];
         let _ = load(&mut log);
         let end = log.iter().position(|&byte| byte == 0).unwrap_or(log.len());
-        (error, String::from_utf8_lossy(&log[..end]).into_owned())
+        let log = String::from_utf8_lossy(&log[..end]);
+        let lines: Vec<&str> = log.lines().collect();
+        let last = &lines[lines.len().saturating_sub(LOG_LINES)..];
+        (error, last.join("\n"))
     })
 }
 

@@ -359,6 +359,10 @@ impl System {
                     .is_ok_and(|since| since >= PAST_EVERY)
             });
             if due {
+                // All of it at once: an hour later it takes no more memory.
+                if entry.past.is_empty() {
+                    entry.past.reserve_exact(PAST);
+                }
                 if entry.past.len() >= PAST {
                     entry.past.pop_front();
                 }

@@ -1,4 +1,4 @@
-//! leakmon and its tests, linked so that they run without any library.
+//! leakmon and its tests, as they run in a guest.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use super::suite;
+use super::suite::Suite;
 use crate::arch::Arch;
 use crate::cross::{Compiler, Libc};
 use crate::go::{Go, RELEASES};
 use crate::progress::step;
+use crate::setup;
 use crate::workspace;
 
 /// What was built for guests of one architecture.
@@ -30,10 +31,10 @@ const GO_SOURCES: &[&str] = &[
 ];
 
 /// Builds leakmon, its tests, and what the tests ask of Go.
-pub(super) fn build(arch: Arch, driver: &Go) -> Result<Built> {
+pub(super) fn build(arch: Arch, driver: &Go, suite: &Suite) -> Result<Built> {
     let (leakmon, tests) = step(
         &format!("leakmon and its tests for {}", arch.name()),
-        || binaries(arch),
+        || binaries(arch, suite),
     )?;
     let go = step(&format!("Go programs for {}", arch.name()), || {
         go_programs(arch, driver)
@@ -41,11 +42,21 @@ pub(super) fn build(arch: Arch, driver: &Go) -> Result<Built> {
     Ok(Built { leakmon, tests, go })
 }
 
-fn binaries(arch: Arch) -> Result<(PathBuf, BTreeMap<String, PathBuf>)> {
-    let wanted = suite::TESTS.iter().flat_map(|(test, _)| ["--test", *test]);
-    let said = Compiler::ensure(arch, Libc::Gnu)?
-        .cargo("test", &["-Ctarget-feature=+crt-static"])
-        .args(["--release", "--package", "leakmon", "--no-run"])
+/// For this machine's processor, the ones that run here too; else linked so that they need no library.
+fn binaries(arch: Arch, suite: &Suite) -> Result<(PathBuf, BTreeMap<String, PathBuf>)> {
+    let wanted = suite
+        .binaries()
+        .into_iter()
+        .flat_map(|test| ["--test", test]);
+    let cargo = if arch.is_native() {
+        setup::cargo().arg("test")
+    } else {
+        Compiler::ensure(arch, Libc::Gnu)?
+            .cargo("test", &["-Ctarget-feature=+crt-static"])
+            .args(["--package", "leakmon"])
+    };
+    let said = cargo
+        .args(["--release", "--no-run"])
         .args(wanted)
         .arg("--message-format=json-render-diagnostics")
         .capture()?;

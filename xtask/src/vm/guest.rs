@@ -1,14 +1,14 @@
 //! One kernel, booted in qemu without KVM, and what its tests said.
 
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
 use super::initramfs::MARK;
 use super::kernels::Kernel;
-use super::suite;
+use super::suite::Suite;
 use crate::arch::Arch;
 use crate::command::Run;
 
@@ -49,6 +49,8 @@ pub(super) struct Report {
     /// As the kernel calls itself; empty when it did not get so far.
     pub(super) release: String,
     pub(super) outcomes: Vec<Outcome>,
+    /// How many tests it was to run.
+    tests: usize,
     /// What the kernel complained of: its own bugs and warnings.
     pub(super) complaints: Vec<String>,
     /// Why not every test ran, with the end of the console.
@@ -63,22 +65,43 @@ impl Report {
         passed.count()
     }
 
+    /// Those that failed, or did not run.
+    pub(super) fn failed(&self) -> usize {
+        self.tests - self.passed()
+    }
+
     /// Whether everything ran, and as it should.
     pub(super) fn is_good(&self) -> bool {
         self.cut_short.is_none()
             && self.complaints.is_empty()
-            && self.passed() == suite::count()
-            && self.outcomes.len() == suite::count()
+            && self.passed() == self.tests
+            && self.outcomes.len() == self.tests
     }
 }
 
-/// Boots a kernel with the initramfs, and waits for its end. Everything that its console shows goes to `log`.
-pub(super) fn run(arch: Arch, kernel: &Kernel, initramfs: &Path, log: &Path) -> Result<Report> {
+/// What boots, and what is in it.
+pub(super) struct Guest {
+    pub(super) arch: Arch,
+    pub(super) kernel: Kernel,
+    pub(super) initramfs: PathBuf,
+}
+
+impl Guest {
+    /// Where everything goes that its console shows.
+    pub(super) fn log(&self) -> PathBuf {
+        self.initramfs
+            .with_file_name(format!("{}.log", self.kernel.series))
+    }
+}
+
+/// Boots a guest, and waits for its end.
+pub(super) fn run(guest: &Guest, suite: &Suite) -> Result<Report> {
     let start = Instant::now();
-    let mut guest = qemu(arch, kernel, initramfs).limit(LIMIT).start()?;
+    let log = guest.log();
+    let mut guest = qemu(guest).limit(LIMIT).start()?;
     let console = guest.stdout.take().context("qemu has no output")?;
     let mut file =
-        std::fs::File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+        std::fs::File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
     let mut reading = Reading::default();
     for line in BufReader::new(console).split(b'\n') {
         let line = line?;
@@ -87,12 +110,12 @@ pub(super) fn run(arch: Arch, kernel: &Kernel, initramfs: &Path, log: &Path) -> 
         reading.line(String::from_utf8_lossy(&line).trim_end_matches('\r'));
     }
     guest.wait()?;
-    Ok(reading.report(start.elapsed()))
+    Ok(reading.report(suite.tests().len(), start.elapsed()))
 }
 
 /// The emulator's command line. The kernel ends the guest when it panics.
-fn qemu(arch: Arch, kernel: &Kernel, initramfs: &Path) -> Run {
-    let (program, machine, console): (_, &[&str], _) = match arch {
+fn qemu(guest: &Guest) -> Run {
+    let (program, machine, console): (_, &[&str], _) = match guest.arch {
         Arch::X86_64 => (
             "qemu-system-x86_64",
             &["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"],
@@ -117,9 +140,9 @@ fn qemu(arch: Arch, kernel: &Kernel, initramfs: &Path) -> Run {
         .args(["-m", MEMORY, "-smp", CPUS])
         .args(["-display", "none", "-monitor", "none", "-nic", "none"])
         .args(["-serial", "stdio", "-no-reboot", "-kernel"])
-        .arg(&kernel.image)
+        .arg(&guest.kernel.image)
         .arg("-initrd")
-        .arg(initramfs)
+        .arg(&guest.initramfs)
         .arg("-append")
         .arg(format!("console={console} panic=-1 quiet loglevel=3"))
 }
@@ -189,7 +212,7 @@ impl Reading {
         });
     }
 
-    fn report(mut self, took: Duration) -> Report {
+    fn report(mut self, tests: usize, took: Duration) -> Report {
         let cut_short = (!self.done).then(|| {
             let during = match &self.running {
                 Some((name, _)) => format!("during {name}"),
@@ -210,6 +233,7 @@ impl Reading {
         Report {
             release: self.release,
             outcomes: self.outcomes,
+            tests,
             complaints: self.complaints,
             cut_short,
             took,
@@ -224,7 +248,7 @@ mod tests {
     fn read(console: &str) -> Report {
         let mut reading = Reading::default();
         console.lines().for_each(|line| reading.line(line));
-        reading.report(Duration::from_secs(1))
+        reading.report(2, Duration::from_secs(1))
     }
 
     const PASSED: &str = "test result: ok. 1 passed; 0 failed";

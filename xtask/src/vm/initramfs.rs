@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use super::build::Built;
-use super::suite;
+use super::suite::{self, Suite};
 use crate::arch::Arch;
 use crate::command::Run;
 use crate::workspace;
@@ -107,7 +107,13 @@ impl Tree {
 const TOOLS: &[&str] = &["busybox", "unshare", "setpriv", "libcap-ng.so.0"];
 
 /// Packs everything into a file that a kernel unpacks when it boots. `fixtures` is the folder with all of them.
-pub(super) fn pack(arch: Arch, tools: &Path, built: &Built, fixtures: &Path) -> Result<PathBuf> {
+pub(super) fn pack(
+    arch: Arch,
+    tools: &Path,
+    built: &Built,
+    suite: &Suite,
+    fixtures: &Path,
+) -> Result<PathBuf> {
     let folder = workspace::target().join("vm").join(arch.name());
     let root = folder.join("root");
     if root.exists() {
@@ -150,7 +156,7 @@ pub(super) fn pack(arch: Arch, tools: &Path, built: &Built, fixtures: &Path) -> 
         sources(&tree, &workspace::root().join(source))?;
     }
     select(&tree, fixtures)?;
-    tree.write("init", &script(built)?, 0o755)?;
+    tree.write("init", &script(built, suite)?, 0o755)?;
 
     let archive = folder.join("initramfs");
     Run::new("sh")
@@ -244,7 +250,7 @@ fn select(tree: &Tree, fixtures: &Path) -> Result<()> {
 }
 
 /// The guest's first process.
-fn script(built: &Built) -> Result<String> {
+fn script(built: &Built, suite: &Suite) -> Result<String> {
     let mut script = String::from(
         "#!/bin/sh\n\
          /usr/bin/busybox --install -s /bin\n\
@@ -282,12 +288,10 @@ fn script(built: &Built) -> Result<String> {
          }}"
     )?;
     writeln!(script, "echo \"{MARK}boot $(uname -r) $(now)\"")?;
-    for (binary, tests) in suite::TESTS {
+    for (binary, test) in suite.tests() {
         let path = built.tests.get(*binary);
         let path = path.with_context(|| format!("there is no test {binary}"))?;
-        for test in *tests {
-            writeln!(script, "run {binary} {} {test}", path.display())?;
-        }
+        writeln!(script, "run {binary} {} {test}", path.display())?;
     }
     // What the kernel has to complain of is leakmon's failure as well.
     writeln!(

@@ -6,7 +6,6 @@ mod initramfs;
 mod kernels;
 mod suite;
 
-use std::path::Path;
 use std::sync::Mutex;
 use std::time::Instant;
 
@@ -20,22 +19,25 @@ use crate::fixtures;
 use crate::go::Go;
 use crate::progress::{note, seconds, step};
 use crate::setup;
-use crate::workspace;
-use guest::Report;
+use guest::{Guest, Report};
 use kernels::{Archive, Kernel};
+use suite::Suite;
 
-/// Guests that run at the same time.
-const AT_ONCE: usize = 2;
+/// Guests that run at the same time: one waits, a third of the time.
+const AT_ONCE: usize = 3;
 
 /// Which kernels to boot.
-#[derive(Args, Default)]
+#[derive(Args)]
 pub(crate) struct Options {
     /// Kernels as in 6.1, or `newest`; 5.10, 6.1, 6.12 and the newest unless some are named
     #[arg(value_name = "KERNEL")]
     kernels: Vec<String>,
-    /// Processors of the guests; x86_64 unless some are named
+    /// Processors of the guests; x86_64 and aarch64 unless some are named
     #[arg(long, value_name = "ARCH")]
     arch: Vec<Arch>,
+    /// Run only the tests with this in their names, as in `probe::blocks`
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
 }
 
 /// Programs that boot guests and pack what is in them, and Debian's package of each.
@@ -50,59 +52,71 @@ fn tools(arch: Arch) -> [(&'static str, &'static str); 2] {
 /// Sets up, builds, and runs the suite in guests as the user asked.
 pub(crate) fn run(options: &Options) -> Result<()> {
     let go = setup::run()?;
-    test(&go, options)
-}
-
-/// Runs the suite in guests.
-pub(crate) fn test(go: &Go, options: &Options) -> Result<()> {
-    let start = Instant::now();
-    let mut guests = Vec::new();
-    let mut failed = 0;
+    let suite = Suite::new(false, options.only.as_deref())?;
+    let series: Vec<&str> = match options.kernels[..] {
+        [] => kernels::SERIES.into(),
+        ref named => named.iter().map(String::as_str).collect(),
+    };
     let archs = match options.arch[..] {
-        [] => &[Arch::X86_64],
+        [] => &[Arch::X86_64, Arch::Aarch64],
         ref named => named,
     };
-    for &arch in archs {
-        failed += of_arch(arch, go, options, &mut guests)?;
+    let wanted: Vec<_> = archs.iter().map(|&arch| (arch, &series[..])).collect();
+    boot(&go, &suite, &wanted)
+}
+
+/// Runs the brief suite where it has to hold before a change lands: on x86_64 in every series, on aarch64 in the oldest
+/// and the newest.
+pub(crate) fn test(go: &Go) -> Result<()> {
+    let suite = Suite::new(true, None)?;
+    let wanted = [
+        (Arch::X86_64, kernels::SERIES),
+        (Arch::Aarch64, kernels::ENDS),
+    ];
+    boot(go, &suite, &wanted)
+}
+
+/// Runs the suite in these guests.
+fn boot(go: &Go, suite: &Suite, wanted: &[(Arch, &[&str])]) -> Result<()> {
+    let mut guests = Vec::new();
+    for &(arch, series) in wanted {
+        guests.extend(prepare(arch, go, suite, series)?);
     }
+    let start = Instant::now();
+    println!(
+        "==> {} guests, {} tests each, {AT_ONCE} at once",
+        guests.len(),
+        suite.tests().len()
+    );
+    let reports = boot_all(&guests, suite)?;
     println!(
         "==> {} guests in {}",
         guests.len(),
         seconds(start.elapsed())
     );
-    for (arch, kernel, report) in &guests {
+    for (guest, report) in guests.iter().zip(&reports) {
         note(format!(
             "{:<8} {:<7} {:<34} {:>3} passed, {} failed in {}",
-            arch.name(),
-            kernel.series,
-            kernel.release,
+            guest.arch.name(),
+            guest.kernel.series,
+            guest.kernel.release,
             report.passed(),
-            suite::count() - report.passed(),
+            report.failed(),
             seconds(report.took)
         ));
     }
+    let failed = reports.iter().filter(|report| !report.is_good()).count();
     if failed > 0 {
         bail!("{failed} guests failed; what they said is above");
     }
     Ok(())
 }
 
-/// Runs the suite in every guest of one architecture; gives how many failed.
-fn of_arch(
-    arch: Arch,
-    go: &Go,
-    options: &Options,
-    guests: &mut Vec<(Arch, Kernel, Report)>,
-) -> Result<usize> {
+/// Gets the kernels of one architecture, and builds what is in their guests.
+fn prepare(arch: Arch, go: &Go, suite: &Suite, series: &[&str]) -> Result<Vec<Guest>> {
     step("qemu", || install(arch))?;
     let mut archive = Archive::open(arch)?;
     let (kernels, tools) = step(&format!("kernels for {}", arch.name()), || {
-        let named: Vec<&str> = options.kernels.iter().map(String::as_str).collect();
-        let series = if named.is_empty() {
-            kernels::SERIES
-        } else {
-            &named
-        };
         let kernels: Result<Vec<Kernel>> =
             series.iter().map(|series| archive.kernel(series)).collect();
         let kernels = kernels?;
@@ -111,28 +125,19 @@ fn of_arch(
         }
         Ok((kernels, archive.tools()?))
     })?;
-    let built = build::build(arch, go)?;
+    let built = build::build(arch, go, suite)?;
     let fixtures = fixtures::of(arch, go, suite::GO, suite::TOKIO)?;
     let initramfs = step("initramfs", || {
-        let file = initramfs::pack(arch, &tools, &built, &fixtures)?;
+        let file = initramfs::pack(arch, &tools, &built, suite, &fixtures)?;
         note(format!("{} MB", file.metadata()?.len() >> 20));
         Ok(file)
     })?;
-    println!(
-        "==> {} kernels on {}, {} tests each, {AT_ONCE} at once",
-        kernels.len(),
-        arch.name(),
-        suite::count()
-    );
-    let reports = boot_all(arch, &kernels, &initramfs)?;
-    let failed = reports.iter().filter(|report| !report.is_good()).count();
-    guests.extend(
-        kernels
-            .into_iter()
-            .zip(reports)
-            .map(|(kernel, report)| (arch, kernel, report)),
-    );
-    Ok(failed)
+    let guests = kernels.into_iter().map(|kernel| Guest {
+        arch,
+        kernel,
+        initramfs: initramfs.clone(),
+    });
+    Ok(guests.collect())
 }
 
 /// Installs what is missing, where this system is Debian.
@@ -154,21 +159,19 @@ fn install(arch: Arch) -> Result<()> {
     debian::install(&missing)
 }
 
-/// Boots the kernels, [`AT_ONCE`] at a time, and tells of each as it ends.
-fn boot_all(arch: Arch, kernels: &[Kernel], initramfs: &Path) -> Result<Vec<Report>> {
-    let folder = workspace::target().join("vm").join(arch.name());
-    let next = Mutex::new(kernels.iter().enumerate());
+/// Boots the guests, [`AT_ONCE`] at a time, and tells of each as it ends.
+fn boot_all(guests: &[Guest], suite: &Suite) -> Result<Vec<Report>> {
+    let next = Mutex::new(guests.iter().enumerate());
     let told = Mutex::new(());
     let worker = || -> Result<Vec<(usize, Report)>> {
         let mut reports = Vec::new();
         loop {
-            let Some((index, kernel)) = next.lock().ok().and_then(|mut next| next.next()) else {
+            let Some((index, guest)) = next.lock().ok().and_then(|mut next| next.next()) else {
                 return Ok(reports);
             };
-            let log = folder.join(format!("{}.log", kernel.series));
-            let report = guest::run(arch, kernel, initramfs, &log)?;
+            let report = guest::run(guest, suite)?;
             let _one_at_a_time = told.lock();
-            tell(arch, kernel, &report, &log);
+            tell(guest, &report);
             reports.push((index, report));
         }
     };
@@ -188,7 +191,8 @@ fn boot_all(arch: Arch, kernels: &[Kernel], initramfs: &Path) -> Result<Vec<Repo
 }
 
 /// Prints what became of a guest, as a test run of this machine does.
-fn tell(arch: Arch, kernel: &Kernel, report: &Report, log: &Path) {
+fn tell(guest: &Guest, report: &Report) {
+    let Guest { arch, kernel, .. } = guest;
     println!(
         "==> {} {}: {}",
         arch.name(),
@@ -224,8 +228,8 @@ fn tell(arch: Arch, kernel: &Kernel, report: &Report, log: &Path) {
     note(format!(
         "{} passed, {} failed, in {}; the console is in {}",
         report.passed(),
-        suite::count() - report.passed(),
+        report.failed(),
         seconds(report.took),
-        log.display()
+        guest.log().display()
     ));
 }

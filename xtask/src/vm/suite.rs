@@ -2,6 +2,10 @@
 //! what depends on the kernel: every program of the kernel side, everything that is read of a process, for every
 //! runtime.
 
+use std::collections::BTreeSet;
+
+use anyhow::{Result, ensure};
+
 /// The versions of Go whose programs are there: the oldest with Go's present scheduler, and the newest.
 pub(super) const GO: &[&str] = &["1.21", "1.27"];
 
@@ -24,85 +28,158 @@ pub(super) const FIXTURES: &[&str] = &[
 /// How many times as long as on this machine things may take.
 pub(super) const SLOWNESS: u32 = 4;
 
-/// Tests by the name of their binary.
-pub(super) const TESTS: &[(&str, &[&str])] = &[
-    ("doctor", &["features_are_those_of_the_kernels_version"]),
+/// How often a test runs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum In {
+    /// In every guest.
+    Brief,
+    /// When the whole suite is asked for.
+    Whole,
+}
+
+/// The name of a test's binary, its own, and how often it runs.
+const TESTS: &[(&str, &str, In)] = &[
+    (
+        "doctor",
+        "features_are_those_of_the_kernels_version",
+        In::Brief,
+    ),
+    ("probe", "spawns_and_exits_are_exact", In::Brief),
+    ("probe", "blocks_are_exact", In::Brief),
     (
         "probe",
-        &[
-            "spawns_and_exits_are_exact",
-            "blocks_are_exact",
-            "what_does_not_fit_is_counted_as_dropped_and_logged",
-            "the_universal_places_count_the_same",
-            "another_process_of_the_same_file_is_not_counted",
-            "tiers_go_up_and_down",
-            "a_place_that_cannot_be_probed_is_named_and_nothing_stays",
-            "a_process_that_is_gone_is_an_error",
-            "a_killed_leakmon_leaves_nothing",
-            "every_cost_is_measured",
-            "threads::registers_of_a_blocked_thread_are_those_of_proc",
-            "threads::threads_are_exact",
-            "threads::an_id_that_is_used_again_is_another_threads",
-            "threads::two_plans_of_one_process_do_not_share_its_threads",
-            "threads::processes_tell_what_becomes_of_them",
-            "tokio::polls_are_exact",
-            "tokio::tasks_that_are_shut_down_end",
-            "tokio::places_have_arguments",
-        ],
+        "what_does_not_fit_is_counted_as_dropped_and_logged",
+        In::Whole,
     ),
-    ("go_versions", &["plain"]),
+    ("probe", "the_universal_places_count_the_same", In::Whole),
     (
-        "flow",
-        &[
-            "spawns_and_exits_are_counted_exactly",
-            "waits_are_counted_and_timed",
-            "detaching_leaves_the_target_as_it_was",
-            "children_of_the_target_are_not_counted",
-        ],
+        "probe",
+        "another_process_of_the_same_file_is_not_counted",
+        In::Whole,
     ),
-    ("leaks", &["senders_are_named_within_two_intervals"]),
-    ("tokio", &["every_task_of_the_zoo_is_found_and_no_other"]),
+    ("probe", "tiers_go_up_and_down", In::Whole),
+    (
+        "probe",
+        "a_place_that_cannot_be_probed_is_named_and_nothing_stays",
+        In::Whole,
+    ),
+    ("probe", "a_process_that_is_gone_is_an_error", In::Whole),
+    ("probe", "a_killed_leakmon_leaves_nothing", In::Whole),
+    ("probe", "every_cost_is_measured", In::Whole),
+    (
+        "probe",
+        "threads::registers_of_a_blocked_thread_are_those_of_proc",
+        In::Brief,
+    ),
+    ("probe", "threads::threads_are_exact", In::Brief),
+    (
+        "probe",
+        "threads::an_id_that_is_used_again_is_another_threads",
+        In::Whole,
+    ),
+    (
+        "probe",
+        "threads::two_plans_of_one_process_do_not_share_its_threads",
+        In::Whole,
+    ),
+    (
+        "probe",
+        "threads::processes_tell_what_becomes_of_them",
+        In::Whole,
+    ),
+    ("probe", "tokio::polls_are_exact", In::Brief),
+    ("probe", "tokio::tasks_that_are_shut_down_end", In::Whole),
+    ("probe", "tokio::places_have_arguments", In::Whole),
+    ("go_versions", "plain", In::Brief),
+    ("flow", "spawns_and_exits_are_counted_exactly", In::Whole),
+    ("flow", "waits_are_counted_and_timed", In::Brief),
+    ("flow", "detaching_leaves_the_target_as_it_was", In::Brief),
+    ("flow", "children_of_the_target_are_not_counted", In::Whole),
+    ("leaks", "senders_are_named_within_two_intervals", In::Whole),
+    (
+        "tokio",
+        "every_task_of_the_zoo_is_found_and_no_other",
+        In::Brief,
+    ),
     (
         "tokio_flow",
-        &[
-            "spawns_and_exits_are_counted_exactly",
-            "detaching_leaves_the_target_as_it_was",
-            "a_leak_per_request_is_exact",
-            "the_leak_is_a_suspect_and_nothing_else_is",
-        ],
+        "spawns_and_exits_are_counted_exactly",
+        In::Whole,
     ),
     (
+        "tokio_flow",
+        "detaching_leaves_the_target_as_it_was",
+        In::Brief,
+    ),
+    ("tokio_flow", "a_leak_per_request_is_exact", In::Brief),
+    (
+        "tokio_flow",
+        "the_leak_is_a_suspect_and_nothing_else_is",
+        In::Whole,
+    ),
+    ("threads", "every_wait_of_the_zoo_and_none_wrong", In::Whole),
+    (
         "threads",
-        &[
-            "every_wait_of_the_zoo_and_none_wrong",
-            "a_deadlock_is_named_with_both_threads_lock_and_lines",
-        ],
+        "a_deadlock_is_named_with_both_threads_lock_and_lines",
+        In::Brief,
     ),
     (
         "thread_flow",
-        &[
-            "births_and_ends_are_counted_exactly",
-            "a_leak_has_its_line_and_number",
-            "waits_are_as_old_as_they_are",
-            "threads_without_a_known_site_are_counted",
-        ],
+        "births_and_ends_are_counted_exactly",
+        In::Whole,
     ),
+    ("thread_flow", "a_leak_has_its_line_and_number", In::Brief),
+    ("thread_flow", "waits_are_as_old_as_they_are", In::Brief),
+    (
+        "thread_flow",
+        "threads_without_a_known_site_are_counted",
+        In::Whole,
+    ),
+    ("bad_input", "no_such_process", In::Whole),
+    ("bad_input", "a_kernel_thread", In::Whole),
+    ("bad_input", "a_process_that_is_not_go", In::Whole),
+    ("bad_input", "versions_of_go_that_nobody_knows", In::Whole),
+    ("bad_input", "it_dies_while_it_is_watched", In::Brief),
     (
         "bad_input",
-        &[
-            "no_such_process",
-            "a_kernel_thread",
-            "a_process_that_is_not_go",
-            "versions_of_go_that_nobody_knows",
-            "it_dies_while_it_is_watched",
-            "another_mount_namespace_and_another_root",
-            "leakmon_without_privileges",
-            "leakmon_without_one_capability",
-        ],
+        "another_mount_namespace_and_another_root",
+        In::Whole,
     ),
+    ("bad_input", "leakmon_without_privileges", In::Whole),
+    ("bad_input", "leakmon_without_one_capability", In::Brief),
 ];
 
-/// How many tests a guest runs.
-pub(super) fn count() -> usize {
-    TESTS.iter().map(|(_, tests)| tests.len()).sum()
+/// What runs in each guest: the names of binaries and their tests.
+pub(super) struct Suite(Vec<(&'static str, &'static str)>);
+
+impl Suite {
+    /// The whole suite or, in a third of the time, what shows that each runtime is counted, that what is probed is left
+    /// as it was, and that what is missing is told. `only` keeps the tests with that in their name.
+    pub(super) fn new(brief: bool, only: Option<&str>) -> Result<Suite> {
+        let wanted = |binary: &str, test: &str| {
+            only.is_none_or(|only| format!("{binary}::{test}").contains(only))
+        };
+        let tests: Vec<_> = TESTS
+            .iter()
+            .filter(|(.., when)| !brief || *when == In::Brief)
+            .map(|&(binary, test, _)| (binary, test))
+            .filter(|(binary, test)| wanted(binary, test))
+            .collect();
+        ensure!(
+            !tests.is_empty(),
+            "no test that runs in guests has {:?} in its name",
+            only.unwrap_or_default()
+        );
+        Ok(Suite(tests))
+    }
+
+    /// Binaries and their tests, in the order in which they run.
+    pub(super) fn tests(&self) -> &[(&'static str, &'static str)] {
+        &self.0
+    }
+
+    /// The binaries.
+    pub(super) fn binaries(&self) -> BTreeSet<&'static str> {
+        self.0.iter().map(|(binary, _)| *binary).collect()
+    }
 }
