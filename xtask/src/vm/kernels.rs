@@ -42,7 +42,7 @@ const TOOLS: &[&str] = &["busybox-static", "util-linux", "libcap-ng0"];
 const FRESH: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 
 /// How many packages of a series are tried: the lists may name some that the archive no longer has.
-const TRIES: usize = 6;
+const TRIES: usize = 12;
 
 /// Files of a kernel in the cache: its image, and its name, written when it was downloaded.
 const IMAGE: &str = "image";
@@ -182,11 +182,13 @@ fn is_fresh(path: &Path) -> bool {
 
 /// Unpacks one kernel and gives the path of its image.
 fn unpack(view: &View, release: &str, folder: &Path) -> Result<PathBuf> {
-    // From 7.0 on the first is empty and wants the second.
+    // From 7.0 on the first is empty and wants the second. The archive may have lost either, and still have the one that
+    // was not signed.
     let mut refusals = Vec::new();
     for package in [
         format!("linux-image-{release}"),
         format!("linux-binary-{release}"),
+        format!("linux-image-{release}-unsigned"),
     ] {
         if folder.exists() {
             std::fs::remove_dir_all(folder)?;

@@ -460,17 +460,22 @@ impl<T: Tasks> Scene<'_, T> {
 
     /// What the list is of that a node of the task is in.
     fn list_holder(&self, node: Node, owner: &Owner) -> Option<Holder> {
+        // `Interest`, io/interest.rs: READABLE 1, WRITABLE 2.
+        let (write, interest) = match node.rest & 3 {
+            1 => (Some(false), 1),
+            2 => (Some(true), 2),
+            _ => (None, 0),
+        };
         for (shared, ..) in self.registrations() {
             let mut places = PLACES.iter();
-            if places.any(|place| shared + place.list == owner.list) {
-                // `Interest`, io/interest.rs: READABLE 1, WRITABLE 2.
-                let write = match node.rest & 3 {
-                    1 => Some(false),
-                    2 => Some(true),
-                    _ => None,
-                };
+            let place = places.find(|place| shared.checked_add(place.list) == Some(owner.list));
+            // A lock that an `Arc` has at its start, beside the pointer to it, looks
+            // like a registration.
+            if let Some(place) = place.filter(|_| !self.is_alone(shared)) {
                 let fds = self.fds(shared);
-                return Some(Holder::Io { fds, write });
+                return self
+                    .is_unready(shared, place, interest)
+                    .then_some(Holder::Io { fds, write });
             }
         }
         for object in owner.objects.iter().filter_map(|addr| self.object(*addr)) {
@@ -695,13 +700,7 @@ impl<T: Tasks> Scene<'_, T> {
                     Some(at) if at == place.writer => true,
                     _ => continue,
                 };
-                let ready = self.word(shared + place.readiness);
-                let free = self.word(shared + place.lock).is_some_and(is_free);
-                // `Ready`, io/ready.rs: READABLE 1, WRITABLE 2. It waits because
-                // it is not.
-                let waits =
-                    |ready: u64| ready & (1 + u64::from(write)) == 0 && ready < MAX_READINESS;
-                if free && ready.is_some_and(waits) {
+                if self.is_unready(shared, place, 1 + u64::from(write)) {
                     return Some(Holder::Io {
                         fds: self.fds(shared),
                         write: Some(write),
@@ -710,6 +709,15 @@ impl<T: Tasks> Scene<'_, T> {
             }
         }
         None
+    }
+
+    /// Whether what has its state at `shared` is not ready for `interest`: who waits
+    /// does so because it is not. `Ready`, io/ready.rs: READABLE 1, WRITABLE 2.
+    fn is_unready(&self, shared: u64, place: &Place, interest: u64) -> bool {
+        let word = |at| self.word(shared.checked_add(at)?);
+        word(place.lock).is_some_and(is_free)
+            && word(place.readiness)
+                .is_some_and(|ready| ready & interest == 0 && ready < MAX_READINESS)
     }
 
     /// What seems to hold the waker at `at` in `object`.
@@ -879,19 +887,22 @@ mod tests {
         Part { addr, words }
     }
 
-    fn look(cell: &Part, objects: &[Part], shapes: &mut Shapes) -> Vec<Found> {
-        let objects: Vec<&Part> = objects.iter().collect();
-        let scene = Scene {
+    fn scene<'a>(cell: &'a Part, objects: &'a [&'a Part]) -> Scene<'a, Known> {
+        Scene {
             tasks: &Known,
             task: TASK,
             cell,
             future: TASK + 0x30..cell.end(),
             scheduler: SCHEDULER,
             kinds: true,
-            objects: &objects,
+            objects,
             deadline: Instant::now() + std::time::Duration::from_secs(60),
-        };
-        scene.wakers(shapes)
+        }
+    }
+
+    fn look(cell: &Part, objects: &[Part], shapes: &mut Shapes) -> Vec<Found> {
+        let objects: Vec<&Part> = objects.iter().collect();
+        scene(cell, &objects).wakers(shapes)
     }
 
     fn holder(cell: &Part, objects: &[Part]) -> Option<Holder> {
@@ -930,6 +941,56 @@ mod tests {
             holder(&acquire(0, LOCK), &[part(LOCK, &[0, NODE, NODE, 0, 0, 0])]),
             None
         );
+    }
+
+    /// In a cell are, in this order, what looks like a registration at tokio
+    /// before 1.23: an `Arc`, what its list is behind, a small number.
+    #[test]
+    fn a_cell_that_has_a_lock_beside_its_arc_waits_for_no_socket() {
+        let task = cell(&[LOCK, VTABLE, TASK, 0, 0, 1, LOCK - 0x10, LOCK, 1, 1]);
+        let words = [2, 1, 0, NODE, NODE, 0, 0, 0, 0, 0];
+        let once = part(LOCK - 0x10, &words);
+        let lock = part(LOCK, &words[2..]);
+        let objects = [&once, &lock];
+        let scene = Scene {
+            kinds: false,
+            ..scene(&task, &objects)
+        };
+        let found = scene.wakers(&mut Shapes::default());
+        let alone = matches!(
+            found[..],
+            [Found {
+                holder: Some(Holder::Acquire { alone: true, .. }),
+                ..
+            }]
+        );
+        assert!(alone, "{found:x?}");
+    }
+
+    #[test]
+    fn a_list_of_those_that_wait_for_a_socket() {
+        const STATE: u64 = 0x5555_0000_c000;
+        // `Readiness` of 1.20: the state, the waker, the links, for what.
+        let task = cell(&[STATE, VTABLE, TASK, 0, 0, 1, OTHER, STATE, 17, 1]);
+        let handle = part(OTHER, &[3, 1, 0, 0]);
+        let state = |lock, readiness| part(STATE, &[lock, NODE, NODE, 0, 0, 0, 0, 0, readiness, 0]);
+        let io = |state: Part| {
+            let objects = [&handle, &state];
+            let scene = Scene {
+                kinds: false,
+                ..scene(&task, &objects)
+            };
+            scene.wakers(&mut Shapes::default())[0].holder
+        };
+        let expected = Holder::Io {
+            fds: [17, NO_FD, 1, NO_FD],
+            write: Some(false),
+        };
+        assert_eq!(io(state(0, 2)), Some(expected));
+        // It is ready; it is held just now; that is no readiness.
+        for state in [state(0, 1), state(1, 2), state(0, STATE)] {
+            assert_eq!(io(state.clone()), None, "{state:x?}");
+        }
     }
 
     #[test]
