@@ -162,7 +162,7 @@ impl Default for Dumps {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("{path}: {source}")]
+    #[error("the configuration {path} cannot be read: {source}")]
     File {
         /// Which.
         path: PathBuf,

@@ -160,7 +160,10 @@ fn not_seen_to_go_on(probes: &Value) -> u64 {
     let dropped = probes["dropped_hits"].as_object().expect("drops");
     let others: Vec<_> = dropped.keys().filter(|key| *key != UNSEEN).collect();
     assert!(others.is_empty(), "{probes:#}");
-    dropped.get(UNSEEN).and_then(Value::as_u64).unwrap_or(0)
+    let unseen = dropped.get(UNSEEN).and_then(Value::as_u64).unwrap_or(0);
+    let hits = probes["overhead"]["hits"].as_u64().expect("hits");
+    assert!(unseen * 50 <= hits, "{probes:#}");
+    unseen
 }
 
 const UNSEEN: &str = "resume not seen";
@@ -327,7 +330,9 @@ fn waits_are_as_old_as_they_are() {
     };
     let (seen, _) = waits_since(&watch.report());
     let (at, age) = waits_since(&watch.report());
-    assert!(age <= at - before, "{age} s of {}", at - before);
+    // A report's time is that of its beginning.
+    let longest = at - before + f64::from(common::slowness() - 1) * 0.01;
+    assert!(age <= longest, "{age} s of {longest}");
     // A census alone would know of it since it first saw it.
     let half = (seen - after) / 2.0;
     assert!(
@@ -338,7 +343,7 @@ fn waits_are_as_old_as_they_are() {
     watch.stop();
 }
 
-/// Every thread of the program in Python sleeps once, for 20 ms: each is
+/// Every thread of the program in Python sleeps once, for 30 ms: each is
 /// counted and timed, but for those of which it is said that they were not seen
 /// to go on.
 #[test]
@@ -359,7 +364,7 @@ fn waits_are_counted_and_timed() {
     let unseen = not_seen_to_go_on(&threads(&report)["probes"]);
     // The first thread's waits may be among them.
     assert!(
-        resumes <= 100 && resumes + unseen >= 100 && unseen < 10,
+        resumes <= 100 && resumes + unseen >= 100,
         "{unseen} not seen of {site:#}"
     );
     let durations = &sleep["blocked_durations"];

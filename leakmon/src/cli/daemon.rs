@@ -77,7 +77,11 @@ pub fn run(args: &DaemonArgs) -> Result<Exit, Failure> {
     let address = config.http.listen;
     let listener = std::net::TcpListener::bind(address)
         .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
-        .map_err(|error| failed(format!("listening on {address}: {error}")))?;
+        .map_err(|error| {
+            failed(format!(
+                "listening on {address}: {error}; `listen` in [http] of the configuration says where"
+            ))
+        })?;
     let bound = listener.local_addr().map_err(failed)?;
     let cache = Arc::new(Cache::default());
     let kernel = Arc::new(KernelSide::new(probes(&config)));

@@ -139,9 +139,13 @@ impl Terminal {
         frame.push_str("\x1b[H");
         for (i, line) in lines.iter().take(height).enumerate() {
             let end = if i + 1 == height { "" } else { "\r\n" };
-            let _ = write!(frame, "{}\x1b[K{end}", line.as_ref());
+            // Cleared first: behind a line as wide as the screen the cursor is still
+            // on its last character.
+            let _ = write!(frame, "\x1b[K{}{end}", line.as_ref());
         }
-        frame.push_str("\x1b[J");
+        if lines.len() < height {
+            frame.push_str("\x1b[J");
+        }
         let mut out = io::stdout().lock();
         out.write_all(frame.as_bytes())?;
         out.flush()

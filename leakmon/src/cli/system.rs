@@ -61,7 +61,7 @@ pub(super) fn prepare() {
 /// processes that come and go, a sixth of the memory.
 #[cfg(target_env = "gnu")]
 fn one_heap() {
-    // SAFETY: sets a number; mallopt(3) may be called at any time.
+    // SAFETY: sets a number, while there is only this thread.
     if unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } == 0 {
         tracing::warn!("the C library keeps a heap for each thread");
     }

@@ -96,9 +96,11 @@ impl Error {
     }
 
     /// That a program was not loaded. EACCES is the verifier's word, too: where it
-    /// said something, nobody was denied anything.
+    /// said why, nobody was denied anything. Of one that it takes it says how much
+    /// work that was (`print_verification_stats`, kernel/bpf/verifier.c).
     pub(super) fn refused(program: &'static str, source: io::Error, log: String) -> Error {
-        if log.is_empty() {
+        let mut said = log.lines();
+        if said.all(|line| line.starts_with("processed ") || line.starts_with("stack depth ")) {
             return Error::or_permission("bpf", source, |source| Error::Program {
                 program,
                 source,

@@ -200,7 +200,9 @@ impl Kernel {
     /// [`Error::Permission`] names the missing capability.
     pub fn load() -> Result<Kernel, Error> {
         let loaded = match Kernel::load_for(Way::Multi) {
-            Err(Error::Unsupported { .. } | Error::Program { .. }) => {
+            Err(Error::Unsupported { .. }) => Kernel::load_for(Way::PerfEvent),
+            Err(error @ Error::Program { .. }) => {
+                tracing::warn!("{error}; each place gets a perf event of its own instead");
                 Kernel::load_for(Way::PerfEvent)
             }
             other => other,

@@ -86,12 +86,14 @@ pub struct RuntimeRow {
 }
 
 impl Row {
+    /// What changes most; `None` while nothing is known of its tasks' change.
     fn per_minute(&self) -> Option<f64> {
-        let tasks = self
-            .runtimes
-            .iter()
-            .filter_map(|runtime| runtime.per_minute);
-        tasks
+        let tasks = || self.runtimes.iter().map(|runtime| runtime.per_minute);
+        if !self.runtimes.is_empty() && tasks().all(|change| change.is_none()) {
+            return None;
+        }
+        tasks()
+            .flatten()
             .chain(self.threads_per_minute)
             .max_by(|a, b| a.abs().total_cmp(&b.abs()))
     }
@@ -297,7 +299,14 @@ fn head(overview: &Overview) -> Vec<String> {
         );
     }
     let suspects = overview.rows.iter().filter(|row| row.is_suspect()).count() as u64;
+    let mut runtimes = overview.rows.iter().flat_map(|row| &row.runtimes);
     let suspects = match suspects {
+        0 if overview.rows.iter().all(|row| row.runtimes.is_empty()) => {
+            "no process has goroutines or tokio tasks that could be read".to_owned()
+        }
+        0 if runtimes.all(|runtime| runtime.per_minute.is_none()) => {
+            "not judged yet: one reading cannot tell a leak".to_owned()
+        }
         0 => "no process looks like a leak".to_owned(),
         1 => "1 process looks like a leak".to_owned(),
         many => format!("{} processes look like a leak", count(many)),
@@ -341,13 +350,20 @@ fn draw(row: &Row, columns: usize) -> String {
     let room = columns.saturating_sub(width(&before));
     let command: String = match width(&command) <= room {
         true => command.into_owned(),
-        false => command
+        false => without_folder(&command)
             .chars()
             .take(room.saturating_sub(1))
             .chain(['…'])
             .collect(),
     };
     format!("{before}{command}")
+}
+
+/// A command line without the folder of its program: there many are alike.
+fn without_folder(command: &str) -> &str {
+    let program = command.find(' ').unwrap_or(command.len());
+    let name = command[..program].rfind('/').map_or(0, |slash| slash + 1);
+    &command[name..]
 }
 
 #[derive(Serialize)]
@@ -519,10 +535,10 @@ processes  watched for 1m5s  2 came and 1 went since
 1 process looks like a leak
 
      PID USER     GOROUTINES   TASKS THREADS   +/MIN BLOCKED OLDEST  COMMAND
-!      4 www-data         50       -       9      +1      49  1m30s  /usr/bin/s…
+!      4 www-data         50       -       9      +1      49  1m30s  server --p…
                    LEAK?  +1/min for 50s
-       2 www-data         10       -       9      +3       9  1m30s  /usr/bin/s…
-       3 www-data        400       -       9       0     399  1m30s  /usr/bin/s…
+       2 www-data         10       -       9      +3       9  1m30s  server --p…
+       3 www-data        400       -       9       0     399  1m30s  server --p…
        5 www-data          -       -       9       0       -      -  [server]
                 not read  goroutines: obfuscated
 ";
@@ -542,6 +558,31 @@ processes  watched for 1m5s  2 came and 1 went since
                 assert!(!line.chars().any(char::is_control), "{line:?}");
             }
         }
+    }
+
+    #[test]
+    fn where_there_is_no_room_the_folder_goes_first() {
+        let mut far = row(7, 5, 0.0);
+        far.command = "/srv/a/folder/that/many/have/server --port /1".to_owned();
+        let overview = overview(vec![far]);
+        let shown = |columns| render(&overview, &options(columns));
+        assert!(shown(160).contains(" /srv/a/folder/that/many/have/server --port /1"));
+        assert!(shown(80).contains("  server --p…"), "{}", shown(80));
+    }
+
+    #[test]
+    fn a_leak_is_judged_from_the_second_reading_on() {
+        let mut read_once = row(7, 5, 0.0);
+        read_once.runtimes[0].per_minute = None;
+        let text = render(&overview(vec![read_once]), &options(80));
+        assert!(text.contains("not judged yet"), "{text}");
+        assert!(text.contains("9       -       4"), "{text}");
+        let mut unread = row(7, 5, 0.0);
+        unread.runtimes.clear();
+        let text = render(&overview(vec![unread]), &options(80));
+        assert!(text.contains("no process has goroutines"), "{text}");
+        let text = render(&overview(vec![row(7, 5, 0.0)]), &options(80));
+        assert!(text.contains("no process looks like a leak"), "{text}");
     }
 
     #[test]

@@ -39,6 +39,10 @@ const ATTACHING: Duration = Duration::from_millis(200);
 /// into: it would be gone before it is read.
 const SHORT: Duration = Duration::from_secs(1);
 
+/// Longest time from a process's first reading to its second, unless the interval
+/// is longer: only the second tells how long one takes.
+const SECOND_READING: Duration = Duration::from_secs(30);
+
 /// Points of a process's past that are kept, and the time between them: an hour.
 const PAST: usize = 60;
 const PAST_EVERY: Duration = Duration::from_secs(60);
@@ -193,6 +197,8 @@ struct Entry {
     threads: u64,
     first_threads: u64,
     since: Instant,
+    /// Its threads were counted since it was first seen.
+    looked_again: bool,
     state: State,
 }
 
@@ -210,6 +216,8 @@ enum State {
 struct Open {
     watch: Watch,
     depth: Depth,
+    /// How often it was read.
+    readings: u64,
     /// When it was read last, and how long that took.
     read_at: Option<Instant>,
     took: Duration,
@@ -416,6 +424,7 @@ impl System {
             let entry = match before.remove(&glance.pid) {
                 Some(mut entry) if entry.incarnation == glance.incarnation && !entry.lost => {
                     entry.threads = glance.threads;
+                    entry.looked_again = true;
                     entry
                 }
                 known => {
@@ -504,7 +513,12 @@ impl System {
             let State::Open(open) = &mut entry.state else {
                 continue;
             };
-            let period = open.took.div_f64(share).max(interval);
+            let mut period = open.took.div_f64(share);
+            if open.readings == 1 {
+                // It has the reading of the program's symbols in it.
+                period = period.min(SECOND_READING);
+            }
+            let period = period.max(interval);
             // Half an interval early is nearer than half an interval late.
             let due = open
                 .read_at
@@ -564,7 +578,7 @@ impl System {
                 command: entry.command.clone(),
                 cgroup: entry.cgroup.clone(),
                 threads: entry.threads,
-                threads_per_minute: (minutes > 0.0)
+                threads_per_minute: (entry.looked_again && minutes > 0.0)
                     .then(|| (entry.threads as f64 - entry.first_threads as f64) / minutes),
                 runtimes: Vec::new(),
                 not_read: None,
@@ -601,6 +615,7 @@ impl Entry {
             threads: glance.threads,
             first_threads: glance.threads,
             since: Instant::now(),
+            looked_again: false,
             state: State::New,
         }
     }
@@ -743,6 +758,7 @@ fn open(process: Process, options: &Options, cache: &Cache) -> State {
             watch,
             depth: Depth::Census,
             read_at: None,
+            readings: 0,
             took: Duration::ZERO,
             report: None,
             first: BTreeMap::new(),
@@ -757,6 +773,7 @@ impl Open {
         let now = Instant::now();
         let report = self.watch.observe()?;
         self.read_at = Some(now);
+        self.readings += 1;
         self.took = now.elapsed();
         for RuntimeReport { runtime, tasks } in &report.runtimes {
             if let Ok(tasks) = tasks {

@@ -16,6 +16,7 @@ use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -341,7 +342,8 @@ pub(crate) fn run(command: &mut Command) -> Done {
 pub(crate) struct Started {
     child: Owned,
     out: JoinHandle<Vec<u8>>,
-    err: JoinHandle<Vec<u8>>,
+    err: JoinHandle<()>,
+    errors: Arc<Mutex<Vec<u8>>>,
     lines: std::sync::mpsc::Receiver<String>,
     since: Instant,
     command: String,
@@ -359,8 +361,11 @@ impl Started {
         let out = child.0.stdout.take().expect("its output");
         let mut err = child.0.stderr.take().expect("its errors");
         let (line, lines) = std::sync::mpsc::channel();
+        let errors = Arc::new(Mutex::new(Vec::new()));
+        let wrote = Arc::clone(&errors);
         Started {
             child,
+            errors,
             out: std::thread::spawn(move || {
                 let mut out = BufReader::new(out);
                 let mut all = Vec::new();
@@ -373,9 +378,10 @@ impl Started {
                 all
             }),
             err: std::thread::spawn(move || {
-                let mut all = Vec::new();
-                let _ = err.read_to_end(&mut all);
-                all
+                let mut some = [0; 4096];
+                while let Ok(len @ 1..) = err.read(&mut some) {
+                    wrote.lock().expect("what it wrote").extend(&some[..len]);
+                }
             }),
             lines,
             since,
@@ -392,7 +398,13 @@ impl Started {
     #[track_caller]
     pub(crate) fn wait_for_line(&self) -> String {
         let line = self.lines.recv_timeout(limit());
-        line.unwrap_or_else(|error| panic!("{} prints nothing: {error}", self.command))
+        line.unwrap_or_else(|error| {
+            // It has ended, perhaps: what it said last is on its way.
+            std::thread::sleep(Duration::from_millis(100));
+            let errors = self.errors.lock().expect("what it wrote");
+            let errors = String::from_utf8_lossy(&errors);
+            panic!("{} prints nothing: {error}\n{errors}", self.command)
+        })
     }
 
     /// Sends it a signal.
@@ -405,13 +417,13 @@ impl Started {
     pub(crate) fn finish(mut self) -> Done {
         let status = self.wait();
         let took = self.since.elapsed();
-        let text = |bytes: JoinHandle<Vec<u8>>| {
-            String::from_utf8_lossy(&bytes.join().expect("a reader")).into_owned()
-        };
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let out = self.out.join().expect("a reader");
+        self.err.join().expect("a reader");
         Done {
             code: status.code(),
-            out: text(self.out),
-            err: text(self.err),
+            out: text(&out),
+            err: text(&self.errors.lock().expect("what it wrote")),
             took,
         }
     }

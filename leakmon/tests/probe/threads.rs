@@ -87,7 +87,9 @@ fn code(address: u64) -> (File, FileOffset) {
             let fields: Vec<&str> = line.split_whitespace().collect();
             let (start, end) = fields[0].split_once('-')?;
             (hex(start)..hex(end)).contains(&address).then(|| {
-                let file = File::open(format!("/proc/self/map_files/{}", fields[0])).unwrap();
+                // Without zeros in front, unlike the line.
+                let range = format!("{:x}-{:x}", hex(start), hex(end));
+                let file = File::open(format!("/proc/self/map_files/{range}")).unwrap();
                 (file, FileOffset(hex(fields[2]) + address - hex(start)))
             })
         })
@@ -199,12 +201,17 @@ fn threads_are_exact() {
             .filter(|wait| wait.site == *site && wait.reason == sleep)
             .collect();
         assert_eq!(slept.len(), 1, "{:?}", counts.waits);
-        assert_eq!((slept[0].parks, slept[0].resumes), (5, 5));
+        let mut lost = losses(&counts);
+        // See `not_seen_to_go_on` in thread_flow.rs.
+        let unseen = lost.remove("resume not seen").unwrap_or(0);
+        assert!(lost.is_empty() && unseen < 3, "{unseen} and {lost:?}");
+        assert_eq!(slept[0].parks, 5);
+        assert!(slept[0].resumes <= 5 && slept[0].resumes + unseen >= 5);
         // 2^24 ns is 17 ms. A slow processor needs a part of the time that a thread
         // is to sleep for to take it from its CPU.
         let shortest = if slowness() > 1 { 23 } else { 24 };
         let long = slept[0].durations.buckets[shortest..].iter();
-        assert_eq!(long.sum::<u64>(), 5, "{:?}", slept[0].durations);
+        assert_eq!(long.sum::<u64>(), slept[0].resumes, "{counts:?}");
         let thread = counts
             .threads
             .iter()
@@ -216,7 +223,6 @@ fn threads_are_exact() {
         let words: Vec<&str> = line.split_whitespace().collect();
         assert_eq!(format!("{:#x}", thread.argument), words[1]);
         assert!(thread.blocked_since.is_some() && thread.born.is_some());
-        assert!(losses(&counts).is_empty(), "{:?}", losses(&counts));
         let registers = kernel.registers(std::process::id()).unwrap();
         let switches = registers.iter().find(|thread| thread.tid == tid).unwrap();
         assert_eq!(switches.voluntary_switches, thread.voluntary, "{thread:?}");

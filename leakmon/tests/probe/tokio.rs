@@ -344,8 +344,10 @@ fn polls_are_exact() {
                 && wait.runs.busy_ns < 40_000_000 * slowness(),
             "{wait:?}"
         );
-        // 2^24 ns is 17 ms: the outer task's sleep.
-        assert_eq!(wait.durations.buckets[24..].iter().sum::<u64>(), 1);
+        // 2^24 ns is 17 ms: the outer task's sleep. On a slow processor the others
+        // may take as long.
+        let long = wait.durations.buckets[24..].iter().sum::<u64>();
+        assert!(long == 1 || long > 1 && slowness() > 1, "{wait:?}");
         assert_eq!(wait.parks - wait.resumes, 5 - 1 + 2, "{wait:?}");
 
         // Away, and back: what it saw holds no more.

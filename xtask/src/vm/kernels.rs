@@ -15,13 +15,10 @@ pub(super) const NEWEST: &str = "newest";
 
 /// The kernels that are booted when the user names none: the oldest that leakmon supports, those of Debian's releases,
 /// and the newest. No Debian release has had 5.15; the nearest ones are 5.10 and 6.1, and 6.1 has what came with 5.15.
-pub(super) const SERIES: &[&str] = &[OLDEST, "6.1", "6.12", NEWEST];
+pub(super) const SERIES: &[&str] = &["5.10", "6.1", "6.12", NEWEST];
 
-/// The first and the last of them.
-pub(super) const ENDS: &[&str] = &[OLDEST, NEWEST];
-
-/// The series that is the oldest that leakmon supports.
-const OLDEST: &str = "5.10";
+/// Of these, two far apart that the releases which Debian supports have.
+pub(super) const TWO: &[&str] = &["6.1", NEWEST];
 
 /// Debian's releases that have them. What one has lost, the next may have.
 const SUITES: &[&str] = &[

@@ -75,6 +75,19 @@ const PLACES: [Place; 3] = [
     },
 ];
 
+/// Bytes of a runtime's handle, at most: nothing in it is a `ScheduledIo`.
+const HANDLE: u64 = 0x280;
+
+/// What looks like a `Registration` (runtime/io/registration.rs).
+struct Registration {
+    /// A runtime's.
+    handle: u64,
+    /// The `ScheduledIo`.
+    shared: u64,
+    /// Two words behind it, of which one may be the descriptor.
+    fds: [u32; 2],
+}
+
 /// What a waker is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Holder {
@@ -466,17 +479,18 @@ impl<T: Tasks> Scene<'_, T> {
             2 => (Some(true), 2),
             _ => (None, 0),
         };
-        for (shared, ..) in self.registrations() {
+        for Registration { handle, shared, .. } in self.registrations() {
             let mut places = PLACES.iter();
             let place = places.find(|place| shared.checked_add(place.list) == Some(owner.list));
-            // A lock that an `Arc` has at its start, beside the pointer to it, looks
-            // like a registration.
-            if let Some(place) = place.filter(|_| !self.is_alone(shared)) {
-                let fds = self.fds(shared);
-                return self
-                    .is_unready(shared, place, interest)
-                    .then_some(Holder::Io { fds, write });
-            }
+            // A lock in an `Arc`, beside the pointer to it, looks like a
+            // registration; at the start of one it is a lock.
+            let Some(place) = place.filter(|_| !self.is_alone(shared)) else {
+                continue;
+            };
+            let inside = handle != self.scheduler && shared.wrapping_sub(handle) < HANDLE;
+            let fds = self.fds(shared);
+            return (!inside && self.is_unready(shared, place, interest))
+                .then_some(Holder::Io { fds, write });
         }
         for object in owner.objects.iter().filter_map(|addr| self.object(*addr)) {
             // `notification`: none so far, which is 2 in a byte in old versions.
@@ -589,7 +603,7 @@ impl<T: Tasks> Scene<'_, T> {
     /// of which one is the descriptor. `Registration` is a handle of the
     /// runtime, of one of two kinds, and a pointer; in `PollEvented` the
     /// descriptor follows, in debug builds behind another word (mio's).
-    fn registrations(&self) -> impl Iterator<Item = (u64, u32, u32)> + '_ {
+    fn registrations(&self) -> impl Iterator<Item = Registration> + '_ {
         let parts = std::iter::once(self.cell).chain(self.objects.iter().copied());
         parts.flat_map(|part| {
             let words = part.words.windows(4).enumerate();
@@ -601,7 +615,11 @@ impl<T: Tasks> Scene<'_, T> {
                     && shared != handle
                     && fd < 1 << 20
                     && (handle == self.scheduler || self.is_handle(kind, handle));
-                is.then_some((shared, fd, further))
+                is.then_some(Registration {
+                    handle,
+                    shared,
+                    fds: [fd, further],
+                })
             })
         })
     }
@@ -617,7 +635,8 @@ impl<T: Tasks> Scene<'_, T> {
                 *free = fd;
             }
         };
-        for (_, fd, further) in self.registrations().filter(|(at, ..)| *at == shared) {
+        for registration in self.registrations().filter(|it| it.shared == shared) {
+            let [fd, further] = registration.fds;
             add(0..2, fd);
             add(2..4, further);
         }
@@ -693,7 +712,7 @@ impl<T: Tasks> Scene<'_, T> {
         {
             return Some(Holder::Mpsc);
         }
-        for (shared, ..) in self.registrations() {
+        for Registration { shared, .. } in self.registrations() {
             for place in &PLACES {
                 let write = match at.checked_sub(shared) {
                     Some(at) if at == place.reader => false,
@@ -947,10 +966,21 @@ mod tests {
     /// before 1.23: an `Arc`, what its list is behind, a small number.
     #[test]
     fn a_cell_that_has_a_lock_beside_its_arc_waits_for_no_socket() {
+        let words = [2, 1, 7, 0, NODE, NODE, 0, 0, 0, 0, 0, 0];
+        let lock = part(LOCK, &words[3..]);
+        // The lock is not the first in the `Arc`: it may be another's state.
+        let task = cell(&[LOCK, VTABLE, TASK, 0, 0, 1, LOCK - 0x18, LOCK, 1, 1]);
+        let arc = part(LOCK - 0x18, &words);
+        let objects = [&arc, &lock];
+        let inside = Scene {
+            kinds: false,
+            ..scene(&task, &objects)
+        };
+        assert_eq!(inside.wakers(&mut Shapes::default())[0].holder, None);
         let task = cell(&[LOCK, VTABLE, TASK, 0, 0, 1, LOCK - 0x10, LOCK, 1, 1]);
-        let words = [2, 1, 0, NODE, NODE, 0, 0, 0, 0, 0];
+        let mut words = words[1..].to_vec();
+        words[..2].copy_from_slice(&[2, 1]);
         let once = part(LOCK - 0x10, &words);
-        let lock = part(LOCK, &words[2..]);
         let objects = [&once, &lock];
         let scene = Scene {
             kinds: false,
