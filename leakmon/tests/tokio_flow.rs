@@ -359,11 +359,14 @@ fn ages_are_those_of_the_latest_poll() {
     watch.stop();
 }
 
+/// Bytes of a breakpoint.
+const BREAKPOINT: usize = if cfg!(target_arch = "aarch64") { 4 } else { 1 };
+
 /// The bytes that leakmon changes in a process.
 struct Instructions {
     memory: File,
-    /// Address, and the byte in the file.
-    places: Vec<(RuntimeAddr, u8)>,
+    /// Address, and what the file has there.
+    places: Vec<(RuntimeAddr, [u8; BREAKPOINT])>,
 }
 
 impl Instructions {
@@ -377,15 +380,15 @@ impl Instructions {
         let places = found.plan.places.iter();
         let places = places.filter(|place| place.code != Code::Nowhere);
         let places = places.map(|place| {
-            let mut byte = [0];
-            let read = program.file.read_exact_at(&mut byte, place.offset.0);
+            let mut code = [0; BREAKPOINT];
+            let read = program.file.read_exact_at(&mut code, place.offset.0);
             read.expect("its file");
             let segment = program.elf.segments.iter().find_map(|segment| {
                 let within = place.offset.0.checked_sub(segment.offset.0)?;
-                let code = segment.executable && within < segment.file_size;
-                code.then(|| segment.vaddr.wrapping_add(within))
+                let is_code = segment.executable && within < segment.file_size;
+                is_code.then(|| segment.vaddr.wrapping_add(within))
             });
-            (census.bias().runtime(segment.expect("code")), byte[0])
+            (census.bias().runtime(segment.expect("code")), code)
         });
         Instructions {
             places: places.collect(),
@@ -395,11 +398,11 @@ impl Instructions {
 
     /// How many are not as in the file.
     fn changed(&self) -> usize {
-        let changed = |(addr, expected): &&(RuntimeAddr, u8)| {
-            let mut byte = [0];
-            let read = self.memory.read_exact_at(&mut byte, addr.0);
+        let changed = |(addr, expected): &&(RuntimeAddr, [u8; BREAKPOINT])| {
+            let mut code = [0; BREAKPOINT];
+            let read = self.memory.read_exact_at(&mut code, addr.0);
             read.expect("its memory");
-            byte[0] != *expected
+            code != *expected
         };
         self.places.iter().filter(changed).count()
     }

@@ -26,7 +26,7 @@ use super::rules::{Candidate, Depth, Depths, Rule};
 use super::{KernelSide, Watch};
 
 /// Share of one core that the censuses of all processes may take.
-const SHARE: f64 = 0.012;
+const SHARE: f64 = 0.008;
 
 /// Processes that are opened at once: opening waits for files and memory.
 const OPENERS: usize = 2;
@@ -35,8 +35,9 @@ const OPENERS: usize = 2;
 /// time for each process.
 const ATTACHING: Duration = Duration::from_millis(200);
 
-/// A process that does not run its program for so long is counted, and not looked
-/// into: it would be gone before it is read.
+/// A process that does not run its program for so long, or for a third of the
+/// interval, is counted, and not looked into: it would be gone before it is read
+/// twice.
 const SHORT: Duration = Duration::from_secs(1);
 
 /// Longest time from a process's first reading to its second, unless the interval
@@ -91,6 +92,8 @@ pub struct System {
     /// The kernel tells of these; otherwise a look finds those that stay until
     /// the next.
     told: bool,
+    /// How long a process runs its program before it is looked into.
+    short: Duration,
 }
 
 /// Everything that is known at one moment, for exports.
@@ -246,6 +249,7 @@ impl System {
             came: 0,
             went: 0,
             told: false,
+            short: SHORT,
         }
     }
 
@@ -265,7 +269,7 @@ impl System {
                     self.entries.remove(&pid);
                     if let Some(glance) = discovery::glance(pid) {
                         let entry = Entry {
-                            not_before: Some(Instant::now() + SHORT),
+                            not_before: Some(Instant::now() + self.short),
                             ..Entry::new(glance)
                         };
                         self.entries.insert(pid, entry);
@@ -293,6 +297,7 @@ impl System {
     /// # Errors
     /// `/proc` cannot be listed.
     pub fn refresh(&mut self, interval: Duration) -> io::Result<()> {
+        self.short = SHORT.max(interval / 3);
         self.look()?;
         self.open_new();
         self.deepen();
@@ -456,10 +461,10 @@ impl System {
         if new.is_empty() {
             return;
         }
-        let queue = Mutex::new(new.into_iter());
+        let queue = Mutex::new(new.iter().copied());
         let (send, opened) = mpsc::channel();
         std::thread::scope(|scope| {
-            for _ in 0..OPENERS {
+            for _ in 0..OPENERS.min(new.len()) {
                 let send = send.clone();
                 let queue = &queue;
                 let cache = &*self.cache;

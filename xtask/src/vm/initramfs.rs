@@ -31,7 +31,7 @@ const SOURCES: &[&str] = &["fixtures", "leakmon/tests"];
 pub(super) const MARK: &str = "@@ ";
 
 /// How long one test may take in a guest, in seconds.
-const TEST_SECONDS: u32 = 180;
+const TEST_SECONDS: u32 = 300;
 
 /// Where fixtures are in a guest.
 const FIXTURES: &str = "fixtures";
