@@ -161,8 +161,9 @@ fn not_seen_to_go_on(probes: &Value) -> u64 {
     let others: Vec<_> = dropped.keys().filter(|key| *key != UNSEEN).collect();
     assert!(others.is_empty(), "{probes:#}");
     let unseen = dropped.get(UNSEEN).and_then(Value::as_u64).unwrap_or(0);
-    let hits = probes["overhead"]["hits"].as_u64().expect("hits");
-    assert!(unseen * 50 <= hits, "{probes:#}");
+    // Each thread waits, and few of them right behind the agent.
+    let spawned = probes["spawned"].as_u64().unwrap_or(0);
+    assert!(unseen <= 5 + spawned / 10, "{probes:#}");
     unseen
 }
 
