@@ -406,7 +406,8 @@ fn threads_that_were_there_keep_their_sites() {
         .filter_map(|wait| wait["resumes"].as_u64())
         .sum();
     // It looks four times, 10 ms apart, at whether all are at rest.
-    assert!(resumes >= 8, "{main:#}");
+    let unseen = not_seen_to_go_on(&threads(&report)["probes"]);
+    assert!(resumes + unseen >= 8, "{unseen} not seen of {main:#}");
     for site in sites(&report) {
         assert!(!site["entry"].is_null(), "{site:#}");
     }
