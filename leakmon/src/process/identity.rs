@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use procfs::ProcError;
@@ -75,6 +76,10 @@ pub struct Process {
 /// again.
 const RETRIES: usize = 16;
 
+/// How long the kernel may take to put a new program into memory. It reads the
+/// program's first pages from its file system meanwhile.
+const EXEC: Duration = Duration::from_secs(1);
+
 /// Most bytes of a command line that are kept. A process can make its own as
 /// long as its memory.
 const MAX_COMMAND_LINE: u64 = 1 << 16;
@@ -85,8 +90,17 @@ impl Process {
     /// # Errors
     /// [`ProcessError`], which names the process.
     pub fn open(pid: u32) -> Result<Process, ProcessError> {
+        let until = Instant::now() + EXEC;
         for _ in 0..RETRIES {
-            let process = Process::look(pid)?;
+            let mut process = Process::look(pid)?;
+            while process.witness.is_amid_exec() {
+                if Instant::now() > until {
+                    let why = "the kernel has yet to load the program that it starts";
+                    return Err(ProcessError::Other(pid, why.to_owned()));
+                }
+                std::thread::sleep(Duration::from_millis(1));
+                process = Process::look(pid)?;
+            }
             // All of it was read of one program when that one still runs.
             match process.still_runs() {
                 Ok(()) => return Ok(process),
@@ -313,5 +327,31 @@ mod tests {
             Process::open(child.id()),
             Err(ProcessError::NoSuchProcess(_))
         ));
+    }
+
+    /// The parent goes on when the child has its new memory, which is before
+    /// the kernel put the program into it.
+    #[test]
+    fn what_is_opened_amid_an_exec_is_the_new_program() {
+        let mut opened = Vec::new();
+        for _ in 0..300 {
+            let child = std::process::Command::new("/bin/sleep")
+                .arg("100")
+                .spawn()
+                .unwrap();
+            opened.push((Process::open(child.id()), child));
+        }
+        let was: Vec<_> = opened
+            .iter_mut()
+            .map(|(process, child)| {
+                let still = process.as_ref().map(|p| (p.still_runs(), p.entry != 0));
+                let told = format!("{still:?}");
+                child.kill().unwrap();
+                child.wait().unwrap();
+                told
+            })
+            .filter(|told| told != "Ok((Ok(()), true))")
+            .collect();
+        assert!(was.is_empty(), "{} of 300: {was:?}", was.len());
     }
 }

@@ -146,6 +146,13 @@ impl Witness {
         &self.auxv
     }
 
+    /// Tells whether the process has its new memory and not yet its new program
+    /// in it: the kernel writes the vector when it has loaded the program
+    /// (`create_elf_tables`, fs/binfmt_elf.c).
+    pub(super) fn is_amid_exec(&self) -> bool {
+        self.auxv.iter().all(|byte| *byte == 0)
+    }
+
     /// Tells whether the process still runs the program.
     pub(super) fn check(&self) -> Result<(), MemoryError> {
         // A read of an address space that nobody uses any more returns 0 bytes,
