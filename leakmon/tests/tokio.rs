@@ -233,21 +233,6 @@ enum Told {
     Wrong,
 }
 
-/// What stays open even with symbols: version, task, words.
-const EXCEPTIONS: [(&str, &str, &str); 3] = [
-    // A OnceCell waits for a Semaphore of its own by the function that the
-    // program's own semaphores are waited for, and it is inlined itself.
-    ("tokio-1", "once_cell_get", "once cell or semaphore"),
-    // Until 1.28 a watch channel had one Notify, by which it cannot be told
-    // from one that is the program's own.
-    ("tokio-1.20", "watch_changed", "notify or watch changed"),
-    (
-        "tokio-1.20",
-        "barrier_wait",
-        "notify or barrier or watch changed",
-    ),
-];
-
 /// Judges `reason`, as it is for a task that waits for `wait`.
 fn told(wait: &str, reason: Option<&str>, on: Option<&str>) -> Told {
     let (wait, joined) = match wait.strip_prefix("join ").filter(|rest| *rest != "set") {
@@ -382,12 +367,7 @@ fn what_every_task_of_the_zoo_waits_for() {
         let less = counts.remove(&Told::LessExact).unwrap_or_default();
         let unknown = counts.remove(&Told::Unknown).unwrap_or_default();
         if !name.contains("stripped") {
-            let open = |said: &String| {
-                EXCEPTIONS.iter().any(|(version, task, words)| {
-                    name.starts_with(version) && said.starts_with(task) && said.contains(words)
-                })
-            };
-            let inexact = less.into_iter().filter(|said| !open(said)).chain(unknown);
+            let inexact = less.into_iter().chain(unknown);
             wrong.extend(inexact.map(|said| format!("{name}: not exact: {said}")));
         }
         wrong.extend(

@@ -199,13 +199,16 @@ impl Idle {
                 .iter()
                 .filter_map(|addr| objects.get(addr))
                 .collect();
+            let program = around.reader.program;
+            let kinds = program.layout == Layout::V23;
             let scene = Scene {
                 tasks: around,
                 task: cell.addr,
                 cell: own,
                 future: around.future(cell, own),
                 scheduler: cell.scheduler,
-                kinds: around.reader.program.layout == Layout::V23,
+                kinds,
+                places: wakers::places(program.version, kinds),
                 objects: &objects,
                 deadline,
             };

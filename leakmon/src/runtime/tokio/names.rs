@@ -19,7 +19,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::binary::addr::Vaddr;
 use crate::binary::disasm::addresses::{Addresses, Named};
-use crate::binary::disasm::{Code, Kind};
+use crate::binary::disasm::{Code, Instruction, Kind};
 use crate::binary::elf::{Elf, ReadAt};
 use crate::binary::symbols::Symbols;
 
@@ -109,7 +109,9 @@ pub(super) struct Function {
     /// Addresses that it mentions.
     pub(super) mentions: Vec<Vaddr>,
     /// Functions that it calls, and what it mentions just before.
-    passes: Vec<(Vaddr, Vaddr)>,
+    pub(super) passes: Vec<(Vaddr, Vaddr)>,
+    /// Whether this is all of its code.
+    pub(super) is_complete: bool,
 }
 
 /// Looks into the functions of a program.
@@ -127,7 +129,7 @@ pub(super) struct Finder<'a, R: ?Sized> {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Location {
     pub(super) file: String,
-    line: u32,
+    pub(super) line: u32,
 }
 
 impl<'a, R: ReadAt + ?Sized> Finder<'a, R> {
@@ -275,7 +277,7 @@ impl<'a, R: ReadAt + ?Sized> Finder<'a, R> {
 
     /// Whether a function is the one that says that a future was polled which
     /// had ended.
-    fn is_resumed(&self, addr: Vaddr) -> bool {
+    pub(super) fn is_resumed(&self, addr: Vaddr) -> bool {
         let symbol = self.symbols.function(addr, Some(addr));
         symbol.is_some_and(|(symbol, _)| symbol.contains("panic_const_async_fn_resumed"))
     }
@@ -323,7 +325,11 @@ impl<'a, R: ReadAt + ?Sized> Finder<'a, R> {
         let len = (end - addr.0).min(crate::binary::disasm::MAX_CODE as u64);
         let bytes = self.elf.read(self.file, addr, len).ok()?;
         let code = Code::decode(self.elf.arch, addr, &bytes);
-        let mut function = Function::default();
+        let is_valid = |instruction: &Instruction| instruction.kind != Kind::Invalid;
+        let mut function = Function {
+            is_complete: len == end - addr.0 && code.instructions().iter().all(is_valid),
+            ..Function::default()
+        };
         // The address mentioned last, and how many instructions ago.
         let mut last = (Vaddr(0), usize::MAX);
         let mut addresses = Addresses::new(self.elf.arch);

@@ -15,10 +15,18 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use crate::binary::addr::Vaddr;
 use crate::binary::elf::ReadAt;
 
-use super::names::Finder;
+use super::names::{Finder, Function, Location};
 
 /// Functions that are looked at for one task.
 const MAX_FUNCTIONS: usize = 1 << 15;
+
+/// A line of sync/watch.rs before tokio 1.28 that is behind `Receiver::changed`,
+/// 454 to 616, and before `Sender::closed`, 692 to 957: in 1.18 to 1.27. Since
+/// then the two are told apart by what they wait in.
+const SENDER: u32 = 650;
+
+/// Both ends of a watch channel.
+const WATCHES: Uses = Uses::WATCH.and(Uses::WATCH_CLOSED);
 
 /// A set of tokio's futures.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,8 +49,10 @@ impl Uses {
     pub const SET_ONCE: Uses = Uses(1 << 4);
     /// sync/barrier.rs; it waits for a [`Uses::WATCH`].
     pub const BARRIER: Uses = Uses(1 << 5);
-    /// sync/watch.rs; it waits for a [`Uses::NOTIFY`].
+    /// sync/watch.rs, by a receiver; it waits for a [`Uses::NOTIFY`].
     pub const WATCH: Uses = Uses(1 << 6);
+    /// The same, by a sender, for the receivers to go.
+    pub const WATCH_CLOSED: Uses = Uses(1 << 15);
     /// sync/notify.rs.
     pub const NOTIFY: Uses = Uses(1 << 7);
     /// sync/broadcast.rs.
@@ -70,16 +80,24 @@ impl Uses {
         Uses(self.0 | others.0)
     }
 
+    /// Those that `others` has not.
+    const fn without(self, others: Uses) -> Uses {
+        Uses(self.0 & !others.0)
+    }
+
     /// By tokio's module, as in a symbol or with `/` in a path: its start.
     fn of_module(module: &str) -> Uses {
-        const MODULES: [(&str, Uses); 15] = [
+        const MODULES: [(&str, Uses); 18] = [
             ("sync/mutex", Uses::MUTEX),
             ("sync/rwlock", Uses::RWLOCK),
             ("sync/semaphore", Uses::SEMAPHORE),
             ("sync/once_cell", Uses::ONCE_CELL),
             ("sync/set_once", Uses::SET_ONCE),
             ("sync/barrier", Uses::BARRIER),
-            ("sync/watch", Uses::WATCH),
+            ("sync/watch/Receiver", Uses::WATCH),
+            ("sync/watch/changed_impl", Uses::WATCH),
+            ("sync/watch/Sender", Uses::WATCH_CLOSED),
+            ("sync/watch", Uses::WATCH.and(Uses::WATCH_CLOSED)),
             ("sync/notify", Uses::NOTIFY),
             ("sync/broadcast", Uses::BROADCAST),
             ("sync/oneshot", Uses::ONESHOT),
@@ -97,21 +115,35 @@ impl Uses {
         found.map_or(Uses::NONE, |(_, uses)| *uses)
     }
 
-    /// By the path of a source file of tokio's.
-    fn of_path(path: &str) -> Uses {
+    /// By a place in a source file of tokio's.
+    fn of_location(location: &Location) -> Uses {
+        let path = location.file.as_str();
         let tokio = path
             .split_once("/tokio-1.")
             .or_else(|| path.strip_prefix("tokio-1.").map(|rest| ("", rest)));
+        let minor = tokio.and_then(|(_, rest)| rest.split_once('.')?.0.parse().ok());
         let inner = tokio.and_then(|(_, rest)| rest.split_once("/src/"));
         let inner = inner.or_else(|| path.split_once("tokio/src/"));
-        inner.map_or(Uses::NONE, |(_, module)| Uses::of_module(module))
+        let uses = inner.map_or(Uses::NONE, |(_, module)| Uses::of_module(module));
+        match minor {
+            Some(..28) if uses == WATCHES => match location.line {
+                ..SENDER => Uses::WATCH,
+                _ => Uses::WATCH_CLOSED,
+            },
+            _ => uses,
+        }
     }
 
     /// By a function's symbol; nothing of what does not wait.
     fn of_symbol(symbol: &str) -> Uses {
-        if !is_async(symbol) {
-            return Uses::NONE;
+        match is_async(symbol) {
+            true => Uses::named(symbol),
+            false => Uses::NONE,
         }
+    }
+
+    /// By tokio's modules in a function's symbol.
+    fn named(symbol: &str) -> Uses {
         let mut uses = Uses::NONE;
         let mut rest = symbol;
         while let Some((_, behind)) = rest.split_once("tokio::") {
@@ -129,6 +161,11 @@ impl Uses {
 fn is_async(symbol: &str) -> bool {
     (symbol.contains("{{closure}}") || symbol.contains("{closure") || symbol.contains("poll"))
         && !ends(symbol)
+}
+
+/// Whether a function is one of tokio's.
+fn is_own(symbol: &str) -> bool {
+    symbol.trim_start_matches('<').starts_with("tokio::")
 }
 
 /// Whether a function ends what others began, or shows it: it waits for
@@ -186,25 +223,87 @@ impl<'a, R: ReadAt + ?Sized> Reach<'a, R> {
 
 fn said<R: ReadAt + ?Sized>(finder: &mut Finder<R>, addr: Vaddr) -> Said {
     let mut said = Said::default();
-    if let Some((symbol, _)) = finder.symbols.function(addr, Some(addr)) {
-        said.uses = Uses::of_symbol(&symbol);
-        // What these wait for themselves is their own affair.
-        let whole = Uses::ONCE_CELL.and(Uses::BARRIER).and(Uses::INTERVAL);
-        if ends(&symbol) || said.uses.any(whole) {
-            return said;
-        }
+    let symbol = finder.symbols.function(addr, Some(addr));
+    let symbol = symbol.map(|(symbol, _)| symbol).unwrap_or_default();
+    if ends(&symbol) {
+        return said;
     }
+    said.uses = Uses::of_symbol(&symbol);
+    // The symbol of one of tokio's own says more than the file that it is in.
+    let named = match is_own(&symbol) {
+        true => Uses::named(&symbol),
+        false => Uses::NONE,
+    };
+    let told = match named.any(WATCHES) {
+        true => named.and(WATCHES),
+        false => named,
+    };
     let function = finder.function(addr);
-    said.next.extend(&function.calls);
-    for mention in &function.mentions {
-        // Passed to another function, which calls it: catch_unwind does.
-        if finder.starts.binary_search(&mention.0).is_ok() {
-            said.next.push(*mention);
-        } else if let Some(location) = finder.read_location(*mention) {
-            said.uses = said.uses.and(Uses::of_path(&location.file));
+    // A function that is mentioned is called by way of a register, or by another
+    // that it is passed to: catch_unwind does.
+    let is_function = |addr: &Vaddr| finder.starts.binary_search(&addr.0).is_ok();
+    let (called, data): (Vec<Vaddr>, Vec<Vaddr>) = function
+        .mentions
+        .iter()
+        .partition(|mention| is_function(mention));
+    said.next.extend(function.calls.iter().copied());
+    said.next.extend(called);
+    let hidden = hidden(finder, &symbol, &function, &said.next);
+    said.next
+        .retain(|callee| !polled(finder, *callee).any(hidden));
+    for mention in data {
+        if let Some(location) = finder.read_location(mention) {
+            let uses = Uses::of_location(&location).without(hidden.and(told));
+            said.uses = said.uses.and(uses);
         }
     }
     said
+}
+
+/// Futures that wait for one of another kind, and by what calls they do.
+const WHOLE: [(Uses, Uses); 3] = [
+    (Uses::ONCE_CELL, Uses::SEMAPHORE.and(Uses::BATCH)),
+    (Uses::BARRIER, WATCHES.and(Uses::NOTIFY)),
+    (WATCHES, Uses::NOTIFY),
+];
+
+/// What `function` waits for only as a part of another future, which it is or
+/// whose code was put into its own: that one's `async fn` says that it was
+/// resumed after its end, and polls its part by a call. Where there is one such
+/// call it is that one's.
+fn hidden<R: ReadAt + ?Sized>(
+    finder: &Finder<R>,
+    symbol: &str,
+    function: &Function,
+    called: &[Vaddr],
+) -> Uses {
+    if !function.is_complete {
+        return Uses::NONE;
+    }
+    let own = match is_own(symbol) {
+        true => Uses::of_symbol(symbol),
+        false => Uses::NONE,
+    };
+    let resumed = function.passes.iter().filter_map(|(callee, what)| {
+        let location = finder.read_location(*what)?;
+        let uses = Uses::of_location(&location);
+        (uses != Uses::NONE && finder.is_resumed(*callee)).then_some(uses)
+    });
+    let inlined = resumed.fold(own, Uses::and);
+    let is_lone = |parts: Uses| {
+        let polls = called.iter().filter(|it| polled(finder, **it).any(parts));
+        polls.count() == 1
+    };
+    WHOLE
+        .into_iter()
+        .filter(|&(whole, parts)| inlined.any(whole) && is_lone(parts))
+        .fold(Uses::NONE, |hidden, (_, parts)| hidden.and(parts))
+}
+
+/// What the function at `addr` polls, by its symbol.
+fn polled<R: ReadAt + ?Sized>(finder: &Finder<R>, addr: Vaddr) -> Uses {
+    let symbol = finder.symbols.function(addr, Some(addr));
+    symbol.map_or(Uses::NONE, |(symbol, _)| Uses::of_symbol(&symbol))
 }
 
 #[cfg(test)]
@@ -234,6 +333,14 @@ mod tests {
                 "core::ptr::drop_in_place<tokio::sync::mutex::Mutex<T>::lock::{{closure}}>",
                 Uses::NONE,
             ),
+            (
+                "tokio::sync::watch::Receiver<T>::changed::{{closure}}",
+                Uses::WATCH,
+            ),
+            (
+                "<tokio::sync::watch::Sender<u8>>::closed::{closure#0}",
+                Uses::WATCH_CLOSED,
+            ),
             ("tokio::sync::mutex::Mutex<T>::try_lock", Uses::NONE),
             ("tokio::sync::mutexes::poll", Uses::NONE),
         ] {
@@ -242,19 +349,26 @@ mod tests {
     }
 
     #[test]
-    fn by_path() {
-        for (path, uses) in [
+    fn by_place() {
+        for (path, line, uses) in [
             (
                 "/root/.cargo/registry/src/x/tokio-1.44.2/src/sync/mpsc/chan.rs",
+                1,
                 Uses::MPSC,
             ),
-            ("tokio-1.20.6/src/sync/batch_semaphore.rs", Uses::BATCH),
-            ("/build/tokio/tokio/src/time/interval.rs", Uses::INTERVAL),
-            ("/x/tokio-1.54.1/src/time/driver/sleep.rs", Uses::SLEEP),
-            ("/x/tokio-util-0.7.1/src/sync/mpsc.rs", Uses::NONE),
-            ("src/sync/mutex.rs", Uses::NONE),
+            ("tokio-1.20.6/src/sync/batch_semaphore.rs", 900, Uses::BATCH),
+            ("tokio-1.20.6/src/sync/watch.rs", 523, Uses::WATCH),
+            ("tokio-1.20.6/src/sync/watch.rs", 849, Uses::WATCH_CLOSED),
+            ("tokio-1.28.0/src/sync/watch.rs", 597, WATCHES),
+            ("/build/tokio/tokio/src/sync/watch.rs", 597, WATCHES),
+            ("/build/tokio/tokio/src/time/interval.rs", 7, Uses::INTERVAL),
+            ("/x/tokio-1.54.1/src/time/driver/sleep.rs", 8, Uses::SLEEP),
+            ("/x/tokio-util-0.7.1/src/sync/mpsc.rs", 9, Uses::NONE),
+            ("src/sync/mutex.rs", 10, Uses::NONE),
         ] {
-            assert_eq!(Uses::of_path(path), uses, "{path}");
+            let file = path.to_owned();
+            let location = Location { file, line };
+            assert_eq!(Uses::of_location(&location), uses, "{path}:{line}");
         }
     }
 }

@@ -52,7 +52,7 @@ fn one(reason: &str) -> WaitKind {
         "mutex" | "rwlock read" | "rwlock write" => (WaitClass::Lock, "nobody unlocked"),
         "mpsc recv" | "broadcast recv" => (WaitClass::Idle, "nobody sent or closed"),
         "oneshot recv" => (WaitClass::Idle, "nobody sent, and the sender is held"),
-        "mpsc closed" | "oneshot closed" => (WaitClass::Idle, "nobody closed"),
+        "mpsc closed" | "oneshot closed" | "watch closed" => (WaitClass::Idle, "nobody closed"),
         "watch changed" => (WaitClass::Idle, "nobody changed the value"),
         "notify" => (WaitClass::Idle, "nobody notified"),
         "semaphore" => (WaitClass::Idle, "nobody released"),
@@ -167,7 +167,9 @@ fn words(
         ]),
         Holder::Notified(Notify::Chan) => of(&[(Uses::MPSC, "mpsc closed")]),
         Holder::Notified(Notify::Barrier) => of(&[(Uses::BARRIER, "barrier")]),
-        Holder::Notified(Notify::Watch) => of(&[(Uses::WATCH, "watch changed")]),
+        Holder::Notified(Notify::Watch) => {
+            of(&[(Uses::WATCH, "watch changed"), (Uses::BARRIER, "barrier")])
+        }
         Holder::Notified(Notify::Plain { alone }) => of(&[
             (Uses::NOTIFY, "notify"),
             (if alone { Uses::NONE } else { Uses::MPSC }, "mpsc closed"),
@@ -183,6 +185,7 @@ fn words(
                 if small_watch { Uses::WATCH } else { Uses::NONE },
                 "watch changed",
             ),
+            (Uses::WATCH_CLOSED, "watch closed"),
         ]),
         Holder::Broadcast => of(&[(Uses::BROADCAST, "broadcast recv")]),
         Holder::Sleep(_) if !uses().any(Uses::SLEEP.and(Uses::INTERVAL)) => None,

@@ -14,6 +14,8 @@
 use std::ops::Range;
 use std::time::Instant;
 
+use super::layout::Version;
+
 /// Bytes of an object that are looked at, from where a pointer leads to: the
 /// shared part of an mpsc channel, 0x210, and of a watch channel, 0x180.
 pub(super) const OBJECT: usize = 0x280;
@@ -41,7 +43,9 @@ const NOTIFY: u64 = 32;
 
 /// Where a `ScheduledIo` has its parts, in bytes from what a registration points
 /// to.
-struct Place {
+pub(super) struct Place {
+    /// It is in an `Arc` of its own, which is aligned to 128 bytes.
+    is_alone: bool,
     readiness: u64,
     lock: u64,
     list: u64,
@@ -53,6 +57,7 @@ struct Place {
 /// and aligned to 128 bytes, before in a slab, at 1.20 with the readiness last.
 const PLACES: [Place; 3] = [
     Place {
+        is_alone: true,
         readiness: 0x90,
         lock: 0x98,
         list: 0xa0,
@@ -60,6 +65,7 @@ const PLACES: [Place; 3] = [
         writer: 0xc0,
     },
     Place {
+        is_alone: false,
         readiness: 0,
         lock: 8,
         list: 0x10,
@@ -67,6 +73,7 @@ const PLACES: [Place; 3] = [
         writer: 0x30,
     },
     Place {
+        is_alone: false,
         readiness: 0x40,
         lock: 0,
         list: 8,
@@ -74,6 +81,18 @@ const PLACES: [Place; 3] = [
         writer: 0x28,
     },
 ];
+
+/// Where `version` may have the parts of a `ScheduledIo`; of an unknown one, by
+/// whether a runtime's handle says its kind.
+pub(super) fn places(version: Option<Version>, kinds: bool) -> &'static [Place] {
+    let places = match (version.map(|version| version.minor), kinds) {
+        (Some(32..), _) => 0..1,
+        (Some(23..32), _) => 1..2,
+        (Some(_), _) | (None, false) => 1..3,
+        (None, true) => 0..2,
+    };
+    PLACES.get(places).unwrap_or_default()
+}
 
 /// Bytes of a runtime's handle, at most: nothing in it is a `ScheduledIo`.
 const HANDLE: u64 = 0x280;
@@ -291,6 +310,8 @@ pub(super) struct Scene<'a, T> {
     pub(super) scheduler: u64,
     /// Whether a runtime's handle says its kind.
     pub(super) kinds: bool,
+    /// See [`places`].
+    pub(super) places: &'static [Place],
     /// What its words lead to.
     pub(super) objects: &'a [&'a Part],
     /// When there is no more time.
@@ -480,8 +501,10 @@ impl<T: Tasks> Scene<'_, T> {
             _ => (None, 0),
         };
         for Registration { handle, shared, .. } in self.registrations() {
-            let mut places = PLACES.iter();
-            let place = places.find(|place| shared.checked_add(place.list) == Some(owner.list));
+            let mut places = self.places.iter();
+            let place = places.find(|place| {
+                shared.checked_add(place.list) == Some(owner.list) && self.may_be(shared, place)
+            });
             // A lock in an `Arc`, beside the pointer to it, looks like a
             // registration; at the start of one it is a lock.
             let Some(place) = place.filter(|_| !self.is_alone(shared)) else {
@@ -624,6 +647,12 @@ impl<T: Tasks> Scene<'_, T> {
         })
     }
 
+    /// Whether what is at `shared` may have its parts at `place`.
+    fn may_be(&self, shared: u64, place: &Place) -> bool {
+        let is_counted = || self.object(shared).is_some_and(Part::is_counted);
+        !place.is_alone || shared.is_multiple_of(128) && is_counted()
+    }
+
     /// The descriptors of what has its state at `shared`. What was moved away
     /// may have left others.
     fn fds(&self, shared: u64) -> [u32; 4] {
@@ -713,7 +742,7 @@ impl<T: Tasks> Scene<'_, T> {
             return Some(Holder::Mpsc);
         }
         for Registration { shared, .. } in self.registrations() {
-            for place in &PLACES {
+            for place in self.places.iter().filter(|it| self.may_be(shared, it)) {
                 let write = match at.checked_sub(shared) {
                     Some(at) if at == place.reader => false,
                     Some(at) if at == place.writer => true,
@@ -914,6 +943,7 @@ mod tests {
             future: TASK + 0x30..cell.end(),
             scheduler: SCHEDULER,
             kinds: true,
+            places: places(None, true),
             objects,
             deadline: Instant::now() + std::time::Duration::from_secs(60),
         }
@@ -974,6 +1004,7 @@ mod tests {
         let objects = [&arc, &lock];
         let inside = Scene {
             kinds: false,
+            places: places(None, false),
             ..scene(&task, &objects)
         };
         assert_eq!(inside.wakers(&mut Shapes::default())[0].holder, None);
@@ -984,6 +1015,7 @@ mod tests {
         let objects = [&once, &lock];
         let scene = Scene {
             kinds: false,
+            places: places(None, false),
             ..scene(&task, &objects)
         };
         let found = scene.wakers(&mut Shapes::default());
@@ -997,6 +1029,39 @@ mod tests {
         assert!(alone, "{found:x?}");
     }
 
+    /// In a cell are, in this order, an `Arc`, another, a small number, and the
+    /// list that the task is in lies in memory behind the second.
+    #[test]
+    fn what_lies_behind_another_arc_is_no_socket() {
+        let io = |shared: u64, strong: u64| {
+            let task = cell(&[shared, VTABLE, TASK, 0, 0, 2, 0, OTHER, shared, 2, 1]);
+            let handle = part(OTHER, &[3, 1, 0, 0]);
+            let mut words = [0; 30];
+            words[..2].copy_from_slice(&[strong, 1]);
+            words[0x90 / 8..0xb0 / 8].copy_from_slice(&[1, 0, NODE, NODE]);
+            let state = part(shared, &words);
+            let objects = [&handle, &state];
+            scene(&task, &objects).wakers(&mut Shapes::default())[0].holder
+        };
+        assert!(matches!(io(0x5555_0000_c080, 2), Some(Holder::Io { .. })));
+        // It is not aligned; it has no counts.
+        assert_eq!(io(0x5555_0000_c060, 2), None);
+        assert_eq!(io(0x5555_0000_c080, 0), None);
+    }
+
+    #[test]
+    fn where_each_version_has_its_sockets() {
+        let first = |version: Option<u32>, kinds| {
+            let version = version.map(|minor| Version { minor, patch: 0 });
+            let places = places(version, kinds).iter();
+            places.map(|place| place.readiness).collect::<Vec<_>>()
+        };
+        assert_eq!(first(Some(54), true), [0x90]);
+        assert_eq!(first(Some(31), true), [0]);
+        assert_eq!(first(Some(20), false), [0, 0x40]);
+        assert_eq!(first(None, true), [0x90, 0]);
+    }
+
     #[test]
     fn a_list_of_those_that_wait_for_a_socket() {
         const STATE: u64 = 0x5555_0000_c000;
@@ -1008,6 +1073,7 @@ mod tests {
             let objects = [&handle, &state];
             let scene = Scene {
                 kinds: false,
+                places: places(None, false),
                 ..scene(&task, &objects)
             };
             scene.wakers(&mut Shapes::default())[0].holder
