@@ -5,7 +5,8 @@
 //! 1. the symbol of `poll`, which in Rust's v0 mangling has the future's type;
 //! 2. the symbol of the cell's drop glue, which has it in either mangling:
 //!    `drop_in_place<Box<Cell<T, S>>>`, called by the vtable's `dealloc` and
-//!    `drop_abort_handle`. Not where the linker has folded the drop glue of several types into one;
+//!    `drop_abort_handle`. Where the drop glue of several types was folded into one it has the names
+//!    of all, which is better than nothing;
 //! 3. the first function of the program itself that `poll` calls: with a doubt,
 //!    for where the compiler has put the future's own code into `poll` that
 //!    may be one that it awaits;
@@ -59,7 +60,6 @@ pub struct Name {
 /// The names of `vtables`, in their order.
 pub fn find<R: ReadAt + ?Sized>(elf: &Elf, file: &R, vtables: &[Vtable]) -> Vec<Arc<Name>> {
     let mut finder = Finder::new(elf, file);
-    // What several vtables' drop glue was folded into says nothing of any.
     let drops: Vec<Vec<(Vaddr, String)>> = vtables
         .iter()
         .map(|vtable| {
@@ -82,7 +82,12 @@ pub fn find<R: ReadAt + ?Sized>(elf: &Elf, file: &R, vtables: &[Vtable]) -> Vec<
     let mut first: FxHashMap<(Arc<str>, Arc<str>, u32), Vaddr> = FxHashMap::default();
     let mut names = Vec::with_capacity(vtables.len());
     for (vtable, drops) in vtables.iter().zip(&drops) {
-        let dropped = drops.iter().find(|(addr, _)| users.get(addr) == Some(&1));
+        // What several vtables' drop glue was folded into says something where it
+        // has the names of all: the linker leaves them, the compiler does not.
+        let is_of_all = |(addr, futures): &&(Vaddr, String)| {
+            users.get(addr) == Some(&futures.split(OR).count())
+        };
+        let dropped = drops.iter().find(is_of_all);
         let shared = polls.get(&vtable.poll).is_some_and(|users| *users > 1);
         let mut name = finder.name(vtable, dropped.map(|(_, future)| future.as_str()), shared);
         if !name.function.starts_with(UNNAMED) {
@@ -165,20 +170,24 @@ impl<'a, R: ReadAt + ?Sized> Finder<'a, R> {
         {
             return name(plain(future).to_owned(), folded);
         }
-        if let Some(future) = dropped {
-            return name(plain(future).to_owned(), folded);
+        if let Some(future) = dropped.filter(|futures| !futures.contains(OR)) {
+            return name(future.to_owned(), folded);
         }
         if let Some(function) = self.called(vtable.poll) {
             let doubt = "by the first function that it calls";
             return name(function, Some(folded.unwrap_or(doubt)));
         }
-        match &location {
-            Some(location) => {
+        match (&location, dropped) {
+            (Some(location), _) => {
                 let function = format!("task at {}:{}", location.file, location.line);
                 let doubt = "by the place of a panic in its code";
                 name(function, Some(folded.unwrap_or(doubt)))
             }
-            None => {
+            (None, Some(futures)) => {
+                let doubt = "several kinds of tasks have the same drop code";
+                name(futures.to_owned(), Some(folded.unwrap_or(doubt)))
+            }
+            (None, None) => {
                 let why = match self.symbols.is_empty() {
                     true => " (stripped)",
                     false => "",
@@ -194,9 +203,7 @@ impl<'a, R: ReadAt + ?Sized> Finder<'a, R> {
         let mut found = Vec::new();
         self.walk(dealloc, DROP_DEPTH, |finder, addr, _| {
             if let Some((symbol, _)) = finder.symbols.function(addr, Some(addr)) {
-                let future = argument(&symbol, "::task::core::Cell<")
-                    .or_else(|| argument(&symbol, "::raw::dealloc::<"));
-                found.extend(future.map(|future| (addr, future.to_owned())));
+                found.extend(futures(&symbol).map(|futures| (addr, futures)));
             }
             // The rest is what the future holds.
             found.is_empty()
@@ -387,6 +394,24 @@ impl<'a, R: ReadAt + ?Sized> Finder<'a, R> {
     }
 }
 
+/// Between the names of functions that were folded into one.
+const OR: &str = " or ";
+
+/// The futures in the symbol of drop glue; `None` where it does not name all.
+fn futures(symbol: &str) -> Option<String> {
+    let future = |symbol| {
+        let future = argument(symbol, "::task::core::Cell<");
+        future.or_else(|| argument(symbol, "::raw::dealloc::<"))
+    };
+    let mut futures: Vec<&str> = symbol
+        .split(OR)
+        .map(|symbol| future(symbol).map(plain))
+        .collect::<Option<_>>()?;
+    futures.sort_unstable();
+    futures.dedup();
+    Some(futures.join(OR))
+}
+
 /// The first type argument behind `prefix`.
 fn argument<'a>(symbol: &'a str, prefix: &str) -> Option<&'a str> {
     let (_, rest) = symbol.split_once(prefix)?;
@@ -468,6 +493,17 @@ mod tests {
             argument("tokio::runtime::task::raw::poll", "::raw::poll::<"),
             None
         );
+        let folded = glue.replace("large", "small");
+        let both = "zoo::waits::large::{{closure}} or zoo::waits::small::{{closure}}";
+        assert_eq!(
+            futures(&format!("{folded} or {glue}")).as_deref(),
+            Some(both)
+        );
+        assert_eq!(
+            futures(&format!("{glue} or {glue}")).as_deref(),
+            Some(plain(future))
+        );
+        assert_eq!(futures(&format!("{glue} or others")), None);
         let blocking = "tokio::runtime::blocking::task::BlockingTask<zoo::main::{{closure}}>";
         assert_eq!(plain(blocking), "zoo::main::{{closure}}");
         let boxed = "core::pin::Pin<alloc::boxed::Box<dyn core::future::Future>>";
