@@ -227,6 +227,38 @@ fn names(row: &Row, entry: &Frame) -> Option<bool> {
     Some(named || aliases.iter().any(|alias| entry.function.contains(alias)))
 }
 
+/// What a task waits for now is among what is told of it, whatever else its code
+/// waits for.
+#[test]
+fn what_a_task_waits_for_after_something_else() {
+    for (name, path) in programs("sequel") {
+        let mut sequel = Running::start(&path);
+        let dump = open(sequel.pid()).dump().unwrap();
+        let waits = String::from_utf8(sequel.text("waits")).unwrap();
+        let mut counts: BTreeMap<Told, usize> = BTreeMap::new();
+        for (function, wait) in waits.lines().filter_map(|line| line.split_once('\t')) {
+            let is = |task: &&leakmon::task::Task| {
+                let entry = dump.sites[task.site.0 as usize].entry.as_ref().unwrap();
+                let full = format!("sequel::{function}::");
+                entry.function.contains(&full) && !entry.function.contains(" or ")
+            };
+            let Some(task) = dump.tasks.iter().find(is) else {
+                continue;
+            };
+            let told = told(wait, task.reason.as_deref(), task.on.as_deref());
+            println!("{name}: {function} ({wait}): {:?} {told:?}", task.reason);
+            assert_ne!(told, Told::Wrong, "{name}: {function}: {:?}", task.reason);
+            *counts.entry(told).or_default() += 1;
+        }
+        println!("{name}: {counts:?}");
+        let named: usize = counts.values().sum();
+        assert!(
+            named + 2 >= waits.lines().count(),
+            "{name}: {named} have names"
+        );
+    }
+}
+
 /// How what leakmon says of a wait stands to the zoo's own word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Told {
