@@ -257,7 +257,9 @@ pub fn merge(population: &Population, flow: Option<&Flow>, classify: Classify) -
         .into_values()
         .map(|building| {
             let mut state = building.state;
-            state.waits = building.waits.into_values().collect();
+            // `collect` takes room for four, and most sites have one.
+            state.waits = Vec::with_capacity(building.waits.len());
+            state.waits.extend(building.waits.into_values());
             state.waits.sort_by(|a, b| {
                 let key = |wait: &WaitState| {
                     wait.place
