@@ -168,7 +168,7 @@ fn spawns_and_exits_are_counted_exactly() {
             let what = format!("{} {} {tier}", churner.go_version, churner.variant);
             // One version proves the large number, all prove their places.
             let large = churner.go == "1.26" && churner.variant == "plain";
-            let total = if large { 100_000 } else { 10_000 };
+            let total = common::so_many(if large { 100_000 } else { 10_000 });
             let mut target = Running::start(&churner.path);
             let watch = Watch::start(target.pid(), &["--interval", "200ms", "--tier", tier]);
             let churned = Churned::parse(&target.ask(&format!("churn {total}")));
@@ -341,14 +341,15 @@ fn detaching_leaves_the_target_as_it_was() {
             let watch = Watch::start(target.pid(), &["--interval", "100ms", "--tier", "blocking"]);
             assert_eq!(instructions.changed(), instructions.places.len());
             // In the middle of it.
-            target.tell("churn 20000");
+            let total = common::so_many(20_000);
+            target.tell(&format!("churn {total}"));
             std::thread::sleep(std::time::Duration::from_millis(50));
             watch.leakmon.signal(signal);
             watch.leakmon.finish();
             common::wait_until("the probes are gone", || instructions.changed() == 0);
-            assert_eq!(Churned::parse(&target.line()).exited, 20_000);
+            assert_eq!(Churned::parse(&target.line()).exited, total);
             let churned = Churned::parse(&target.ask("waits 2 2"));
-            assert_eq!((churned.exited, churned.waits), (20_004, 4), "{signal}");
+            assert_eq!((churned.exited, churned.waits), (total + 4, 4), "{signal}");
             assert_eq!(target.count(), 1);
         }
     }

@@ -27,6 +27,12 @@ pub(crate) fn limit() -> Duration {
     Duration::from_secs(30) * slowness()
 }
 
+/// How many of something are done where `total` are done on a machine that is not
+/// slow.
+pub(crate) fn so_many(total: u64) -> u64 {
+    total / u64::from(slowness())
+}
+
 /// How many times as long as elsewhere things take: `LEAKMON_SLOWNESS`, for
 /// guests whose processor is emulated.
 pub(crate) fn slowness() -> u32 {

@@ -133,7 +133,7 @@ fn place(code: &Instructions, arch: Arch) -> Option<Vaddr> {
 /// it is called with has the vtable of the thread's closure. Both are proven by
 /// its code, which calls the closure through it.
 fn rust_start(module: &Module, arch: Arch) -> Option<Shared> {
-    if arch != Arch::X86_64 || !module.image.is_rust() {
+    if !module.image.is_rust() {
         return None;
     }
     // `<std::sys::thread::unix::Thread>::new::thread_start`, in other folders of
@@ -148,7 +148,7 @@ fn rust_start(module: &Module, arch: Arch) -> Option<Shared> {
         let code = decode(&module.image, start, size)?;
         Some(Shared {
             start: module.bias.runtime(start).0,
-            offset: closure_word(&code)?,
+            offset: closure_word(arch, &code)?,
         })
     });
     match (found.next(), found.next()) {
@@ -158,17 +158,21 @@ fn rust_start(module: &Module, arch: Arch) -> Option<Shared> {
 }
 
 /// Of a function with one argument, an object: the offset in it of the vtable
-/// whose first method it calls. x86-64.
-fn closure_word(code: &Instructions) -> Option<u64> {
-    /// Behind a vtable's drop glue, size and alignment.
-    const METHOD: i64 = 24;
-    /// RBX, RBP, R12 to R15: what a call leaves as it was (System V ABI).
-    const KEPT: [u8; 6] = [3, 5, 12, 13, 14, 15];
+/// whose first method it calls.
+fn closure_word(arch: Arch, code: &Instructions) -> Option<u64> {
+    /// X0; RBX, RBP, R12 to R15, X19 to X28: what a call leaves as it was (System V
+    /// ABI; Procedure Call Standard for the Arm 64-bit Architecture, 6.1.1).
+    const X0: u8 = 0;
     const RDI: u8 = 7;
+    let (argument, kept): (u8, &[u8]) = match arch {
+        Arch::X86_64 => (RDI, &[3, 5, 12, 13, 14, 15]),
+        Arch::Aarch64 => (X0, &[19, 20, 21, 22, 23, 24, 25, 26, 27, 28]),
+    };
     if !code.is_whole() || code.jumps_indirectly() {
         return None;
     }
-    let kept = |register: Register| KEPT.iter().any(|n| Register::new(*n) == register);
+    let kept = |register: Register| kept.iter().any(|n| Register::new(*n) == register);
+    let argument = Register::new(argument);
     // In the order of addresses: what a register held last.
     let last = |register: Register, before: usize| {
         code.instructions()[..before]
@@ -176,12 +180,8 @@ fn closure_word(code: &Instructions) -> Option<u64> {
             .rposition(|i| i.writes.contains(register))
     };
     let mut found = None;
-    for (at, call) in code.instructions().iter().enumerate() {
-        let Some(crate::binary::disasm::Memory {
-            base: Base::Register(vtable, METHOD),
-            ..
-        }) = call.memory.filter(|_| call.kind == Kind::CallIndirect)
-        else {
+    for at in 0..code.instructions().len() {
+        let Some((at, vtable)) = method_call(arch, code, at) else {
             continue;
         };
         let load = last(vtable, at).filter(|_| kept(vtable))?;
@@ -190,22 +190,54 @@ fn closure_word(code: &Instructions) -> Option<u64> {
             return None;
         };
         let copy = last(object, load).filter(|_| kept(object))?;
-        let argument = Some(Assignment::Sum {
+        let copied = Some(Assignment::Sum {
             to: object,
-            from: Register::new(RDI),
+            from: argument,
             addend: 0,
         });
+        // A pointer to a closure is two words, of which the vtable is the second:
+        // AArch64 loads both at once.
+        let offset = match memory.width {
+            8 => Some(offset),
+            16 => offset.checked_add(8),
+            _ => None,
+        };
         // Nothing has changed the argument before it was copied.
-        if code.instructions()[copy].assigns != argument
-            || last(Register::new(RDI), copy).is_some()
-            || memory.width != 8
+        if code.instructions()[copy].assigns != copied
+            || last(argument, copy).is_some()
             || found.is_some()
         {
             return None;
         }
-        found = Some(u64::try_from(offset).ok()?);
+        found = Some(u64::try_from(offset?).ok()?);
     }
     found
+}
+
+/// The register with the vtable of which the instruction at index `at` calls the
+/// first method, and the index of the instruction that reads the method's address.
+fn method_call(arch: Arch, code: &Instructions, at: usize) -> Option<(usize, Register)> {
+    /// Behind a vtable's drop glue, size and alignment.
+    const METHOD: i64 = 24;
+    /// Instructions between the load of an address and the call of it.
+    const NEAR: usize = 3;
+    let instructions = code.instructions();
+    if instructions[at].kind != Kind::CallIndirect {
+        return None;
+    }
+    let from = match arch {
+        Arch::X86_64 => at,
+        Arch::Aarch64 => at.saturating_sub(NEAR),
+    };
+    let read = |index: &usize| match instructions[*index].memory?.base {
+        Base::Register(vtable, METHOD) => Some((*index, vtable)),
+        _ => None,
+    };
+    // The last one, and nothing that goes elsewhere is between.
+    (from..=at)
+        .rev()
+        .take_while(|index| *index == at || instructions[*index].kind == Kind::Other)
+        .find_map(|index| read(&index))
 }
 
 /// A site of the probes.
@@ -549,8 +581,10 @@ mod tests {
 
     #[test]
     fn the_word_by_which_a_closure_is_called() {
-        let word =
-            |bytes: &[u8]| closure_word(&Instructions::decode(Arch::X86_64, Vaddr(0x1000), bytes));
+        let word = |bytes: &[u8]| {
+            let code = Instructions::decode(Arch::X86_64, Vaddr(0x1000), bytes);
+            closure_word(Arch::X86_64, &code)
+        };
         // mov rbx, rdi; mov r15, [rbx+16]; xor edi, edi; call [r15+24]; ret
         let code = [
             0x48, 0x89, 0xfb, 0x4c, 0x8b, 0x7b, 0x10, 0x31, 0xff, 0x41, 0xff, 0x57, 0x18, 0xc3,
@@ -567,6 +601,42 @@ mod tests {
         // Called twice.
         let twice = [&code[..13], &code[9..]].concat();
         assert_eq!(word(&twice), None);
+        assert_eq!(word(&[]), None);
+    }
+    #[test]
+    fn the_word_by_which_a_closure_is_called_on_aarch64() {
+        let word = |words: &[u32]| {
+            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            let code = Instructions::decode(Arch::Aarch64, Vaddr(0x1000), &bytes);
+            closure_word(Arch::Aarch64, &code)
+        };
+        // mov x19, x0; ldp x21, x22, [x19, #8]; bl back; ldr x8, [x22, #24];
+        // mov x0, x21; blr x8; ret
+        let code = [
+            0xaa00_03f3,
+            0xa940_da75,
+            0x97ff_fff0,
+            0xf940_0ec8,
+            0xaa15_03e0,
+            0xd63f_0100,
+            0xd65f_03c0,
+        ];
+        assert_eq!(word(&code), Some(16));
+        // The vtable alone: ldr x22, [x19, #16].
+        let mut alone = code;
+        alone[1] = 0xf940_0a76;
+        assert_eq!(word(&alone), Some(16));
+        // Another method; a register that is not kept over the call: ldr x8, [x9, #24].
+        for other in [0xf940_12c8, 0xf940_0d28] {
+            let mut code = code;
+            code[3] = other;
+            assert_eq!(word(&code), None, "{other:x}");
+        }
+        // The object is not the argument: mov x19, x1. Called twice.
+        let mut other = code;
+        other[0] = 0xaa01_03f3;
+        assert_eq!(word(&other), None);
+        assert_eq!(word(&[&code[..6], &code[3..]].concat()), None);
         assert_eq!(word(&[]), None);
     }
 }
