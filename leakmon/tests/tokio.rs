@@ -247,15 +247,20 @@ fn what_a_task_waits_for_after_something_else() {
             };
             let told = told(wait, task.reason.as_deref(), task.on.as_deref());
             println!("{name}: {function} ({wait}): {:?} {told:?}", task.reason);
-            assert_ne!(told, Told::Wrong, "{name}: {function}: {:?}", task.reason);
+            let is_true = !matches!(told, Told::Wrong | Told::Unknown);
+            assert!(is_true, "{name}: {function}: {:?}", task.reason);
             *counts.entry(told).or_default() += 1;
         }
         println!("{name}: {counts:?}");
+        if name.contains("stripped") {
+            continue;
+        }
         let named: usize = counts.values().sum();
         assert!(
-            named + 2 >= waits.lines().count(),
+            named + 3 >= waits.lines().count(),
             "{name}: {named} have names"
         );
+        assert!(counts.contains_key(&Told::Right), "{name}: {counts:?}");
     }
 }
 

@@ -277,12 +277,8 @@ const REASON: u8 = 15;
 /// Rounds of a measurement, two hits each.
 const ROUNDS: u64 = 250;
 
-/// Measurements, of which the median counts: the least, and the most of them.
-const MEASUREMENTS: (usize, usize) = (3, 9);
-
-/// How long they take, at most, when there were the least. Where a hit takes long
-/// (on an emulated processor twenty times as long), fewer tell as much.
-const MEASURED: Duration = Duration::from_millis(10);
+/// Measurements, of which the median counts.
+const MEASUREMENTS: usize = 9;
 
 /// Where the made-up goroutine has its fields.
 const LAYOUT: Layout = Layout {
@@ -368,7 +364,7 @@ pub fn calibrate(kernel: &Kernel) -> Result<Cost, Error> {
 
 fn measure(kernel: &Kernel) -> Result<Cost, Error> {
     let [empty, lifecycle, blocking] = loops();
-    let (bare, _) = per_hit(empty);
+    let bare = per_hit(empty);
     let plan = |loops: Loop, begin, end| {
         let place = |address, role| {
             Ok::<_, Error>(Place {
@@ -391,9 +387,8 @@ fn measure(kernel: &Kernel) -> Result<Cost, Error> {
     let waits = plan(blocking, Role::Park, Role::Resume)?;
     let waits = kernel.attach(pid, &waits, Tier::Blocking)?;
 
-    let cost = |(nanos, rounds): (f64, u64)| ((nanos - bare).max(1.0), rounds);
-    let (empty_ns, _) = cost(per_hit(empty));
-    let (blocking_ns, parks) = cost(per_hit(blocking));
+    let empty_ns = (per_hit(empty) - bare).max(1.0);
+    let blocking_ns = (per_hit(blocking) - bare).max(1.0);
     // No other runtime's figures hang on these.
     let or = |measured: Result<f64, Error>, else_ns| {
         measured.unwrap_or_else(|error| {
@@ -401,7 +396,7 @@ fn measure(kernel: &Kernel) -> Result<Cost, Error> {
             else_ns
         })
     };
-    let (lifecycle_ns, spawns) = cost(per_hit(lifecycle));
+    let lifecycle_ns = (per_hit(lifecycle) - bare).max(1.0);
     let poll_ns = or(measure_poll(kernel, Role::Poll), 10.0 * empty_ns);
     let stepped = measure_poll(kernel, Role::PollStepped);
     let cost = Cost {
@@ -412,7 +407,7 @@ fn measure(kernel: &Kernel) -> Result<Cost, Error> {
         poll_stepped_ns: or(stepped, 10.0 * poll_ns),
         switch_ns: or(measure_switch(kernel), blocking_ns),
     };
-    let verified = verify(&sites, spawns).and_then(|()| verify(&waits, parks));
+    let verified = verify(&sites).and_then(|()| verify(&waits));
     detach((nothing, sites, waits));
     verified.map(|()| cost)
 }
@@ -439,14 +434,13 @@ fn measure_poll(kernel: &Kernel, role: Role) -> Result<f64, Error> {
     task[TASK.2] = 1;
     task[TASK.3] = 1;
     let time = || {
-        let (nanos, runs) = median(|| {
+        median(|| {
             // SAFETY: the loop keeps the callee-saved registers and writes nothing
             // but its stack; the pointer is only passed on in a register.
             unsafe { leakmon_calibrate_polls(task.as_ptr(), ROUNDS, polled) }
-        });
-        (nanos / ROUNDS as f64, runs * ROUNDS)
+        }) / ROUNDS as f64
     };
-    let (bare, _) = time();
+    let bare = time();
     let plan = Plan {
         layout: tokio::Layout {
             vtable: TASK.1 as u8,
@@ -469,9 +463,10 @@ fn measure_poll(kernel: &Kernel, role: Role) -> Result<f64, Error> {
     };
     let mut attached = kernel.attach(std::process::id(), &plan, Tier::Blocking)?;
     attached.learned(&[])?;
-    let (probed, rounds) = time();
+    let probed = time();
     let counts = attached.read();
     detach(attached);
+    let rounds = ROUNDS * (MEASUREMENTS as u64 + 1);
     let polls: Vec<u64> = counts?.waits.iter().map(|wait| wait.runs.count).collect();
     if polls != [rounds] {
         return Err(Error::NotFiring(format!(
@@ -488,7 +483,7 @@ fn measure_switch(kernel: &Kernel) -> Result<f64, Error> {
     let mut time = |watched| -> Result<f64, Error> {
         switches.watch(watched)?;
         let mut failed = None;
-        let (nanos, _) = median(|| {
+        let nanos = median(|| {
             for _ in 0..ROUNDS {
                 if let Err(error) = switches.run() {
                     failed = Some(error);
@@ -501,9 +496,11 @@ fn measure_switch(kernel: &Kernel) -> Result<f64, Error> {
     Ok((time(true)? - bare).max(1.0))
 }
 
-/// The counts must be what [`per_hit`] did in so many rounds.
-fn verify(attached: &Attached, rounds: u64) -> Result<(), Error> {
+/// The counts must be what [`per_hit`] did.
+fn verify(attached: &Attached) -> Result<(), Error> {
     let counts = attached.read()?;
+    // One measurement more, to warm up.
+    let rounds = ROUNDS * (MEASUREMENTS as u64 + 1);
     let sites_agree = counts
         .sites
         .iter()
@@ -523,9 +520,8 @@ fn verify(attached: &Attached, rounds: u64) -> Result<(), Error> {
     )))
 }
 
-/// Nanoseconds of a pass over one place, the median of some measurements, and the
-/// rounds of them all.
-fn per_hit(loops: Loop) -> (f64, u64) {
+/// Nanoseconds of a pass over one place: the median of some measurements.
+fn per_hit(loops: Loop) -> f64 {
     let mut g = [0u64; G_WORDS];
     g[usize::from(LAYOUT.goid) / 8] = 1;
     g[usize::from(LAYOUT.gopc) / 8] = 0x1000;
@@ -534,32 +530,26 @@ fn per_hit(loops: Loop) -> (f64, u64) {
     let mut frames = [[0u64; 2]; 2];
     frames[0] = [frames[1].as_ptr() as u64, 0x3000];
     frames[1] = [0, 0x4000];
-    let (nanos, runs) = median(|| {
+    let nanos = median(|| {
         // SAFETY: the loop keeps the callee-saved registers and writes nothing
         // but its stack; the pointers are only passed on in registers.
         unsafe { (loops.run)(g.as_ptr(), frames[0].as_ptr(), ROUNDS) }
     });
-    (nanos / (2 * ROUNDS) as f64, runs * ROUNDS)
+    nanos / (2 * ROUNDS) as f64
 }
 
-/// Nanoseconds that `run` takes, the median of some measurements, after one to warm
-/// up; and how often it ran.
-fn median(mut run: impl FnMut()) -> (f64, u64) {
+/// Nanoseconds that `run` takes: the median of some measurements, after one to
+/// warm up.
+fn median(mut run: impl FnMut()) -> f64 {
     let mut round = || {
         let start = Instant::now();
         run();
         start.elapsed()
     };
     round();
-    let begun = Instant::now();
-    let (least, most) = MEASUREMENTS;
-    let mut times: Vec<Duration> = Vec::with_capacity(most);
-    while times.len() < least || times.len() < most && begun.elapsed() < MEASURED {
-        times.push(round());
-    }
+    let mut times: [Duration; MEASUREMENTS] = std::array::from_fn(|_| round());
     times.sort_unstable();
-    let nanos = times[times.len() / 2].as_nanos() as f64;
-    (nanos, times.len() as u64 + 1)
+    times[MEASUREMENTS / 2].as_nanos() as f64
 }
 
 /// Where an address of leakmon's code lies in its executable.
@@ -607,7 +597,7 @@ mod tests {
     #[test]
     fn the_loops_run_without_probes() {
         for each in loops() {
-            assert!(per_hit(each).0 >= 0.0);
+            assert!(per_hit(each) >= 0.0);
         }
     }
 }

@@ -12,7 +12,9 @@ use std::sync::Arc;
 use leakmon_common::threads::{Layout, Shared};
 
 use crate::binary::addr::{RuntimeAddr, Vaddr};
-use crate::binary::disasm::{Assignment, Base, Code as Instructions, Kind, MAX_CODE, Register};
+use crate::binary::disasm::{
+    Access, Assignment, Base, Code as Instructions, Kind, MAX_CODE, Register,
+};
 use crate::binary::elf::Arch;
 use crate::binary::unwind::Registers;
 use crate::probe::{Code, CreationStack, Place, Plan, Role};
@@ -160,13 +162,12 @@ fn rust_start(module: &Module, arch: Arch) -> Option<Shared> {
 /// Of a function with one argument, an object: the offset in it of the vtable
 /// whose first method it calls.
 fn closure_word(arch: Arch, code: &Instructions) -> Option<u64> {
-    /// X0; RBX, RBP, R12 to R15, X19 to X28: what a call leaves as it was (System V
-    /// ABI; Procedure Call Standard for the Arm 64-bit Architecture, 6.1.1).
-    const X0: u8 = 0;
-    const RDI: u8 = 7;
+    // The argument, RDI or X0, and what a call leaves as it was: RBX, RBP, R12 to
+    // R15 (System V ABI); X19 to X28 (Procedure Call Standard for the Arm 64-bit
+    // Architecture, 6.1.1).
     let (argument, kept): (u8, &[u8]) = match arch {
-        Arch::X86_64 => (RDI, &[3, 5, 12, 13, 14, 15]),
-        Arch::Aarch64 => (X0, &[19, 20, 21, 22, 23, 24, 25, 26, 27, 28]),
+        Arch::X86_64 => (7, &[3, 5, 12, 13, 14, 15]),
+        Arch::Aarch64 => (0, &[19, 20, 21, 22, 23, 24, 25, 26, 27, 28]),
     };
     if !code.is_whole() || code.jumps_indirectly() {
         return None;
@@ -180,8 +181,8 @@ fn closure_word(arch: Arch, code: &Instructions) -> Option<u64> {
             .rposition(|i| i.writes.contains(register))
     };
     let mut found = None;
-    for at in 0..code.instructions().len() {
-        let Some((at, vtable)) = method_call(arch, code, at) else {
+    for call in 0..code.instructions().len() {
+        let Some((at, vtable)) = method_call(arch, code, call) else {
             continue;
         };
         let load = last(vtable, at).filter(|_| kept(vtable))?;
@@ -195,11 +196,18 @@ fn closure_word(arch: Arch, code: &Instructions) -> Option<u64> {
             from: argument,
             addend: 0,
         });
-        // A pointer to a closure is two words, of which the vtable is the second:
-        // AArch64 loads both at once.
+        // A pointer to a closure is two words, of which the vtable is the second.
+        // AArch64 loads both at once: the other is what the method is called with.
         let offset = match memory.width {
             8 => Some(offset),
-            16 => offset.checked_add(8),
+            16 => {
+                let passed = code.instructions()[last(argument, call)?].assigns;
+                let Some(Assignment::Sum { from: data, .. }) = passed else {
+                    return None;
+                };
+                let both = data != vtable && last(data, call) == Some(load);
+                both.then(|| offset.checked_add(8)).flatten()
+            }
             _ => None,
         };
         // Nothing has changed the argument before it was copied.
@@ -229,15 +237,20 @@ fn method_call(arch: Arch, code: &Instructions, at: usize) -> Option<(usize, Reg
         Arch::X86_64 => at,
         Arch::Aarch64 => at.saturating_sub(NEAR),
     };
-    let read = |index: &usize| match instructions[*index].memory?.base {
-        Base::Register(vtable, METHOD) => Some((*index, vtable)),
-        _ => None,
+    let read = |index: usize| {
+        let memory = instructions[index].memory?;
+        match memory.base {
+            Base::Register(vtable, METHOD) if memory.access == Access::Load => {
+                Some((index, vtable))
+            }
+            _ => None,
+        }
     };
     // The last one, and nothing that goes elsewhere is between.
     (from..=at)
         .rev()
         .take_while(|index| *index == at || instructions[*index].kind == Kind::Other)
-        .find_map(|index| read(&index))
+        .find_map(read)
 }
 
 /// A site of the probes.
@@ -603,6 +616,7 @@ mod tests {
         assert_eq!(word(&twice), None);
         assert_eq!(word(&[]), None);
     }
+
     #[test]
     fn the_word_by_which_a_closure_is_called_on_aarch64() {
         let word = |words: &[u32]| {
@@ -632,6 +646,10 @@ mod tests {
             code[3] = other;
             assert_eq!(word(&code), None, "{other:x}");
         }
+        // Called with something else: mov x0, x20.
+        let mut other = code;
+        other[4] = 0xaa14_03e0;
+        assert_eq!(word(&other), None);
         // The object is not the argument: mov x19, x1. Called twice.
         let mut other = code;
         other[0] = 0xaa01_03f3;

@@ -5,13 +5,13 @@
 //! 1. the symbol of `poll`, which in Rust's v0 mangling has the future's type;
 //! 2. the symbol of the cell's drop glue, which has it in either mangling:
 //!    `drop_in_place<Box<Cell<T, S>>>`, called by the vtable's `dealloc` and
-//!    `drop_abort_handle`. Where the drop glue of several types was folded into one it has the names
-//!    of all, which is better than nothing;
+//!    `drop_abort_handle`. Not where that of several types was folded into one;
 //! 3. the first function of the program itself that `poll` calls: with a doubt,
 //!    for where the compiler has put the future's own code into `poll` that
 //!    may be one that it awaits;
 //! 4. in a stripped program, the place in the source that `poll` gives to a
-//!    panic: "`async fn` resumed after completion" is at the function itself.
+//!    panic: "`async fn` resumed after completion" is at the function itself;
+//! 5. the names of all types whose drop glue was folded into one.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

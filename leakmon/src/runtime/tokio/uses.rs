@@ -15,14 +15,14 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use crate::binary::addr::Vaddr;
 use crate::binary::elf::ReadAt;
 
-use super::names::{Finder, Function, Location};
+use super::names::{Finder, Location};
 
 /// Functions that are looked at for one task.
 const MAX_FUNCTIONS: usize = 1 << 15;
 
 /// A line of sync/watch.rs before tokio 1.28 that is behind `Receiver::changed`,
-/// 454 to 616, and before `Sender::closed`, 692 to 957: in 1.18 to 1.27. Since
-/// then the two are told apart by what they wait in.
+/// 454 to 616, and before `Sender::closed`, 692 to 957: in 1.18 to 1.27. From 1.26
+/// on the two wait in different lists.
 const SENDER: u32 = 650;
 
 /// Both ends of a watch channel.
@@ -136,8 +136,11 @@ impl Uses {
 
     /// By a function's symbol; nothing of what does not wait.
     fn of_symbol(symbol: &str) -> Uses {
+        /// Their futures have no `async fn`: a closure there waits for nothing.
+        const WITHOUT_ASYNC: Uses = Uses::BATCH.and(Uses::NOTIFY);
         match is_async(symbol) {
-            true => Uses::named(symbol),
+            true if symbol.contains("poll") => Uses::named(symbol),
+            true => Uses::named(symbol).without(WITHOUT_ASYNC),
             false => Uses::NONE,
         }
     }
@@ -163,9 +166,11 @@ fn is_async(symbol: &str) -> bool {
         && !ends(symbol)
 }
 
-/// Whether a function is one of tokio's.
-fn is_own(symbol: &str) -> bool {
-    symbol.trim_start_matches('<').starts_with("tokio::")
+/// The path of one of tokio's functions, up to the first type that it is given.
+fn own_path(symbol: &str) -> Option<&str> {
+    let symbol = symbol.trim_start_matches('<');
+    let path = symbol.split(['<', ' ', '{', '(']).next()?;
+    path.starts_with("tokio::").then_some(path)
 }
 
 /// Whether a function ends what others began, or shows it: it waits for
@@ -182,9 +187,19 @@ fn ends(symbol: &str) -> bool {
 /// What one function says.
 #[derive(Clone, Debug, Default)]
 struct Said {
-    uses: Uses,
+    /// What it polls: by its symbol, and by what was put into its code and says
+    /// that it was resumed after its end.
+    polls: Uses,
+    /// What else its code has of.
+    mentions: Uses,
     /// What it leads to.
     next: Vec<Vaddr>,
+    /// The futures that it polls as a whole: it is one's own function, or that
+    /// function's code was put into it, which says that it was resumed after its
+    /// end. None where not all of its code is known.
+    whole: Uses,
+    /// Whether it is one of tokio's functions.
+    is_own: bool,
 }
 
 /// Finds what tasks can wait for.
@@ -202,23 +217,86 @@ impl<'a, R: ReadAt + ?Sized> Reach<'a, R> {
         }
     }
 
-    /// What the function at `poll` leads to.
+    /// What the function at `poll` leads to and may wait for: of futures that wait
+    /// for one of another kind the whole, and not the part.
     pub(super) fn uses(&mut self, poll: Vaddr) -> Uses {
-        let mut uses = Uses::NONE;
-        let mut seen = FxHashSet::from_iter([poll]);
-        let mut next = vec![poll];
+        self.walk(poll, uses, |reach, said| reach.part(said))
+    }
+
+    /// What the function at `addr` and all that it leads to say.
+    fn all(&mut self, addr: Vaddr, what: fn(&Said) -> Uses) -> Uses {
+        let none = |_: &mut Self, _: &Said| None;
+        self.walk(addr, what, none)
+    }
+
+    /// What the function at `start` and all that it leads to say, without what
+    /// `part` names: a callee, and of what it leads to what does not count.
+    fn walk(
+        &mut self,
+        start: Vaddr,
+        what: fn(&Said) -> Uses,
+        mut part: impl FnMut(&mut Self, &Said) -> Option<(Vaddr, Uses)>,
+    ) -> Uses {
+        let mut found = Uses::NONE;
+        let mut seen = FxHashSet::from_iter([start]);
+        let mut next = vec![start];
         while let Some(addr) = next.pop() {
-            let finder = &mut self.finder;
-            let said = self.said.entry(addr).or_insert_with(|| said(finder, addr));
-            uses = uses.and(said.uses);
+            let said = self.said(addr);
             if seen.len() > MAX_FUNCTIONS {
                 // What was not looked at may be any of them.
                 return Uses::ANY;
             }
-            next.extend(said.next.iter().filter(|callee| seen.insert(**callee)));
+            let part = part(self, &said);
+            let (callee, hidden) = part.unwrap_or((Vaddr(0), Uses::NONE));
+            if hidden == Uses::NONE {
+                found = found.and(what(&said));
+            } else {
+                // A Notify that is polled here without a call may be any.
+                let mentions = said.mentions.without(hidden.without(Uses::NOTIFY));
+                let own = said.polls.without(hidden).and(mentions);
+                let parts = self.all(callee, uses).without(hidden);
+                found = found.and(own).and(parts);
+            }
+            let others = said.next.iter().copied();
+            let others = others.filter(|other| hidden == Uses::NONE || *other != callee);
+            next.extend(others.filter(|callee| seen.insert(*callee)));
         }
-        uses
+        found
     }
+
+    /// What a function waits for only as a part of another future: that one polls
+    /// its part by a call, of one of tokio's functions. Where only one of the calls
+    /// leads to such a part it is that one's; it is given with the part.
+    fn part(&mut self, said: &Said) -> Option<(Vaddr, Uses)> {
+        let parts = WHOLE
+            .into_iter()
+            .filter(|&(whole, _)| said.whole.any(whole));
+        // The first is the outermost.
+        for (_, parts) in parts {
+            let mut leading = Vec::new();
+            for callee in &said.next {
+                if self.all(*callee, |said| said.polls).any(parts) {
+                    leading.push(*callee);
+                }
+            }
+            if let [callee] = leading[..]
+                && self.said(callee).is_own
+            {
+                return Some((callee, parts));
+            }
+        }
+        None
+    }
+
+    fn said(&mut self, addr: Vaddr) -> Said {
+        let finder = &mut self.finder;
+        let said = self.said.entry(addr).or_insert_with(|| said(finder, addr));
+        said.clone()
+    }
+}
+
+fn uses(said: &Said) -> Uses {
+    said.polls.and(said.mentions)
 }
 
 fn said<R: ReadAt + ?Sized>(finder: &mut Finder<R>, addr: Vaddr) -> Said {
@@ -228,16 +306,14 @@ fn said<R: ReadAt + ?Sized>(finder: &mut Finder<R>, addr: Vaddr) -> Said {
     if ends(&symbol) {
         return said;
     }
-    said.uses = Uses::of_symbol(&symbol);
     // The symbol of one of tokio's own says more than the file that it is in.
-    let named = match is_own(&symbol) {
-        true => Uses::named(&symbol),
-        false => Uses::NONE,
-    };
+    let own = own_path(&symbol);
+    let named = own.map_or(Uses::NONE, Uses::named);
     let told = match named.any(WATCHES) {
         true => named.and(WATCHES),
         false => named,
     };
+    said.is_own = own.is_some();
     let function = finder.function(addr);
     // A function that is mentioned is called by way of a register, or by another
     // that it is passed to: catch_unwind does.
@@ -248,63 +324,34 @@ fn said<R: ReadAt + ?Sized>(finder: &mut Finder<R>, addr: Vaddr) -> Said {
         .partition(|mention| is_function(mention));
     said.next.extend(function.calls.iter().copied());
     said.next.extend(called);
-    let hidden = hidden(finder, &symbol, &function, &said.next);
-    said.next
-        .retain(|callee| !polled(finder, *callee).any(hidden));
-    for mention in data {
-        if let Some(location) = finder.read_location(mention) {
-            let uses = Uses::of_location(&location).without(hidden.and(told));
-            said.uses = said.uses.and(uses);
-        }
+    let of = |mention: Vaddr| {
+        finder
+            .read_location(mention)
+            .map(|it| Uses::of_location(&it))
+    };
+    let resumed = function.passes.iter();
+    let resumed = resumed.filter(|(callee, _)| finder.is_resumed(*callee));
+    let resumed = resumed
+        .filter_map(|(_, what)| of(*what))
+        .fold(Uses::NONE, Uses::and);
+    let mentions = data.into_iter().filter_map(of).fold(Uses::NONE, Uses::and);
+    let by_symbol = Uses::of_symbol(&symbol);
+    said.polls = by_symbol.and(resumed.without(told));
+    said.mentions = mentions.without(told).without(said.polls);
+    if function.is_complete {
+        let own = if is_async(&symbol) { named } else { Uses::NONE };
+        said.whole = own.and(resumed);
     }
     said
 }
 
-/// Futures that wait for one of another kind, and by what calls they do.
+/// Futures that wait for one of another kind, and what of; what waits for more
+/// than one before what it waits for.
 const WHOLE: [(Uses, Uses); 3] = [
     (Uses::ONCE_CELL, Uses::SEMAPHORE.and(Uses::BATCH)),
     (Uses::BARRIER, WATCHES.and(Uses::NOTIFY)),
     (WATCHES, Uses::NOTIFY),
 ];
-
-/// What `function` waits for only as a part of another future, which it is or
-/// whose code was put into its own: that one's `async fn` says that it was
-/// resumed after its end, and polls its part by a call. Where there is one such
-/// call it is that one's.
-fn hidden<R: ReadAt + ?Sized>(
-    finder: &Finder<R>,
-    symbol: &str,
-    function: &Function,
-    called: &[Vaddr],
-) -> Uses {
-    if !function.is_complete {
-        return Uses::NONE;
-    }
-    let own = match is_own(symbol) {
-        true => Uses::of_symbol(symbol),
-        false => Uses::NONE,
-    };
-    let resumed = function.passes.iter().filter_map(|(callee, what)| {
-        let location = finder.read_location(*what)?;
-        let uses = Uses::of_location(&location);
-        (uses != Uses::NONE && finder.is_resumed(*callee)).then_some(uses)
-    });
-    let inlined = resumed.fold(own, Uses::and);
-    let is_lone = |parts: Uses| {
-        let polls = called.iter().filter(|it| polled(finder, **it).any(parts));
-        polls.count() == 1
-    };
-    WHOLE
-        .into_iter()
-        .filter(|&(whole, parts)| inlined.any(whole) && is_lone(parts))
-        .fold(Uses::NONE, |hidden, (_, parts)| hidden.and(parts))
-}
-
-/// What the function at `addr` polls, by its symbol.
-fn polled<R: ReadAt + ?Sized>(finder: &Finder<R>, addr: Vaddr) -> Uses {
-    let symbol = finder.symbols.function(addr, Some(addr));
-    symbol.map_or(Uses::NONE, |(symbol, _)| Uses::of_symbol(&symbol))
-}
 
 #[cfg(test)]
 mod tests {
@@ -342,9 +389,38 @@ mod tests {
                 Uses::WATCH_CLOSED,
             ),
             ("tokio::sync::mutex::Mutex<T>::try_lock", Uses::NONE),
+            (
+                "tokio::sync::batch_semaphore::Semaphore::close::{{closure}}",
+                Uses::NONE,
+            ),
             ("tokio::sync::mutexes::poll", Uses::NONE),
         ] {
             assert_eq!(Uses::of_symbol(symbol), uses, "{symbol}");
+        }
+    }
+
+    #[test]
+    fn tokios_own_functions() {
+        for (symbol, path) in [
+            (
+                "tokio::sync::watch::Receiver<T>::changed::{{closure}}",
+                Some("tokio::sync::watch::Receiver"),
+            ),
+            (
+                "<tokio::sync::notify::Notified as core::future::future::Future>::poll",
+                Some("tokio::sync::notify::Notified"),
+            ),
+            (
+                "<tokio::runtime::task::core::Core<app::run<tokio::sync::watch::Sender<u8>>::{closure#0}, x>>::poll",
+                Some("tokio::runtime::task::core::Core"),
+            ),
+            (
+                "app::run<tokio::sync::watch::Sender<u8>>::{closure#0}",
+                None,
+            ),
+            ("", None),
+        ] {
+            assert_eq!(own_path(symbol), path, "{symbol}");
         }
     }
 

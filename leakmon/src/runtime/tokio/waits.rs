@@ -52,12 +52,14 @@ fn one(reason: &str) -> WaitKind {
         "mutex" | "rwlock read" | "rwlock write" => (WaitClass::Lock, "nobody unlocked"),
         "mpsc recv" | "broadcast recv" => (WaitClass::Idle, "nobody sent or closed"),
         "oneshot recv" => (WaitClass::Idle, "nobody sent, and the sender is held"),
-        "mpsc closed" | "oneshot closed" | "watch closed" => (WaitClass::Idle, "nobody closed"),
+        "mpsc closed" | "oneshot closed" | "watch closed" | "broadcast closed" => {
+            (WaitClass::Idle, "nobody closed")
+        }
         "watch changed" => (WaitClass::Idle, "nobody changed the value"),
         "notify" => (WaitClass::Idle, "nobody notified"),
         "semaphore" => (WaitClass::Idle, "nobody released"),
         "barrier" => (WaitClass::Idle, "too few arrived"),
-        "once cell" => (WaitClass::Idle, "nobody initialised it"),
+        "once cell" | "set once" => (WaitClass::Idle, "nobody initialised it"),
         "join" | "join set" => (WaitClass::Idle, "it did not end"),
         "pending" => (WaitClass::Idle, "nothing can wake it"),
         // Nobody can tell what for.
@@ -152,8 +154,11 @@ fn words(
         let possible: Vec<&str> = possible.map(|(_, words)| *words).collect();
         (!possible.is_empty()).then(|| possible.join(" or "))
     };
+    let but = |excluded, uses| if excluded { Uses::NONE } else { uses };
+    let minor = version.map(|version| version.minor);
     // One list for all receivers.
-    let small_watch = version.is_none_or(|version| version.minor < 28);
+    let small_watch = minor.is_none_or(|minor| minor < 26);
+    let broadcast_closes = minor.is_none_or(|minor| minor >= 44);
     match holder {
         Holder::Join(_) => Some("join".to_owned()),
         Holder::Acquire { sender: true, .. } => of(&[(Uses::MPSC, "mpsc send")]),
@@ -163,29 +168,29 @@ fn words(
             (Uses::RWLOCK, "rwlock read"),
             (Uses::ONCE_CELL, "once cell"),
             (Uses::SEMAPHORE, "semaphore"),
-            (if alone { Uses::NONE } else { Uses::MPSC }, "mpsc send"),
+            (but(alone, Uses::MPSC), "mpsc send"),
         ]),
         Holder::Notified(Notify::Chan) => of(&[(Uses::MPSC, "mpsc closed")]),
         Holder::Notified(Notify::Barrier) => of(&[(Uses::BARRIER, "barrier")]),
-        Holder::Notified(Notify::Watch) => {
-            of(&[(Uses::WATCH, "watch changed"), (Uses::BARRIER, "barrier")])
+        Holder::Notified(Notify::Watch { closed }) => {
+            let receiver = closed != Some(true);
+            of(&[
+                (but(!receiver, Uses::WATCH), "watch changed"),
+                (but(!receiver, Uses::BARRIER), "barrier"),
+                (
+                    but(closed == Some(false), Uses::WATCH_CLOSED),
+                    "watch closed",
+                ),
+            ])
         }
         Holder::Notified(Notify::Plain { alone }) => of(&[
             (Uses::NOTIFY, "notify"),
-            (if alone { Uses::NONE } else { Uses::MPSC }, "mpsc closed"),
-            (
-                if small_watch {
-                    Uses::BARRIER
-                } else {
-                    Uses::NONE
-                },
-                "barrier",
-            ),
-            (
-                if small_watch { Uses::WATCH } else { Uses::NONE },
-                "watch changed",
-            ),
+            (but(alone, Uses::MPSC), "mpsc closed"),
+            (but(!small_watch, Uses::BARRIER), "barrier"),
+            (but(!small_watch, Uses::WATCH), "watch changed"),
             (Uses::WATCH_CLOSED, "watch closed"),
+            (but(!broadcast_closes, Uses::BROADCAST), "broadcast closed"),
+            (Uses::SET_ONCE, "set once"),
         ]),
         Holder::Broadcast => of(&[(Uses::BROADCAST, "broadcast recv")]),
         Holder::Sleep(_) if !uses().any(Uses::SLEEP.and(Uses::INTERVAL)) => None,

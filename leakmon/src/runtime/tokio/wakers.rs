@@ -54,7 +54,7 @@ pub(super) struct Place {
 }
 
 /// As compilers order it (runtime/io/scheduled_io.rs): since 1.32 in an `Arc`
-/// and aligned to 128 bytes, before in a slab, at 1.20 with the readiness last.
+/// and aligned to 128 bytes, until 1.28 in a slab, at 1.20 with the readiness last.
 const PLACES: [Place; 3] = [
     Place {
         is_alone: true,
@@ -87,7 +87,9 @@ const PLACES: [Place; 3] = [
 pub(super) fn places(version: Option<Version>, kinds: bool) -> &'static [Place] {
     let places = match (version.map(|version| version.minor), kinds) {
         (Some(32..), _) => 0..1,
-        (Some(23..32), _) => 1..2,
+        (Some(23..29), _) => 1..2,
+        // 1.30 has it in an `Arc` that is not aligned, in another order.
+        (Some(29..32), _) => 0..2,
         (Some(_), _) | (None, false) => 1..3,
         (None, true) => 0..2,
     };
@@ -165,7 +167,11 @@ pub(super) enum Notify {
     /// An mpsc channel's, for the receiver to go.
     Chan,
     /// A watch channel's.
-    Watch,
+    Watch {
+        /// For its senders, which wait for the receivers to go, or for its
+        /// receivers; `None` when that is not clear.
+        closed: Option<bool>,
+    },
     /// A watch channel's that is a barrier's.
     Barrier,
 }
@@ -568,24 +574,38 @@ impl<T: Tasks> Scene<'_, T> {
                 && ends.all(|end| (*end != 0) == waits && (*end == 0 || is_pointer(*end)));
             Some(is)
         };
-        let shared = self.objects.iter().copied().find(|object| {
+        // Those that lie side by side with this one among them: how many, and how
+        // many before it.
+        let run = |first: u64| {
+            let is = |at: &u64| *at >= first && slot(*at) == Some(true);
+            let before = (1..=BIG + 1)
+                .map_while(|index| addr.checked_sub(index * NOTIFY).filter(is))
+                .count() as u64;
+            let behind = (1..=BIG + 1).map_while(|index| Some(addr + index * NOTIFY).filter(is));
+            (before, before + 1 + behind.count() as u64)
+        };
+        let shared = self.objects.iter().copied().find_map(|object| {
             let first = object.addr + 0x10;
             if !object.is_counted() || addr < first {
-                return false;
+                return None;
             }
-            let mut starts = (0..BIG).filter_map(|index| addr.checked_sub(index * NOTIFY));
-            starts.any(|start| {
-                let end = start + BIG * NOTIFY;
-                let counts = (0..12).filter_map(|index| object.word(end + index * 8));
-                start >= first
-                    && (0..BIG).all(|index| slot(start + index * NOTIFY) == Some(true))
-                    // Receivers and senders, among what is behind.
-                    && counts.filter(|word| (1..1 << 24).contains(word)).count() >= 1
-            })
+            let (before, all) = run(first);
+            let end = addr + (all - before) * NOTIFY;
+            let counts = (0..12).filter_map(|index| object.word(end + index * 8));
+            // Receivers and senders, among what is behind.
+            let has_ends = counts.filter(|word| (1..1 << 24).contains(word)).count() >= 1;
+            (all >= BIG && has_ends).then_some((object, before, all))
         });
-        let Some(shared) = shared else {
+        let Some((shared, before, all)) = shared else {
             let alone = self.is_alone(addr);
             return Notify::Plain { alone };
+        };
+        // The sender's own lies behind the receivers', and is like them until
+        // something is sent.
+        let closed = match all {
+            BIG => Some(false),
+            _ if all == BIG + 1 => Some(before == BIG),
+            _ => None,
         };
         // A barrier has both ends of its channel.
         let barrier = self.objects.iter().any(|object| {
@@ -594,7 +614,7 @@ impl<T: Tasks> Scene<'_, T> {
         });
         match barrier {
             true => Notify::Barrier,
-            false => Notify::Watch,
+            false => Notify::Watch { closed },
         }
     }
 
@@ -1057,7 +1077,7 @@ mod tests {
             places.map(|place| place.readiness).collect::<Vec<_>>()
         };
         assert_eq!(first(Some(54), true), [0x90]);
-        assert_eq!(first(Some(31), true), [0]);
+        assert_eq!(first(Some(28), true), [0]);
         assert_eq!(first(Some(20), false), [0, 0x40]);
         assert_eq!(first(None, true), [0x90, 0]);
     }
