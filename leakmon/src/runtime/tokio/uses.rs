@@ -10,6 +10,8 @@
 //! code gives to panics: every `async fn` has one, "resumed after completion",
 //! which neither stripping nor inlining removes.
 
+use std::sync::Arc;
+
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::binary::addr::Vaddr;
@@ -190,13 +192,12 @@ struct Said {
     /// What it polls: by its symbol, and by what was put into its code and says
     /// that it was resumed after its end.
     polls: Uses,
-    /// What else its code has of.
+    /// Whose places in the source its code has otherwise.
     mentions: Uses,
     /// What it leads to.
     next: Vec<Vaddr>,
-    /// The futures that it polls as a whole: it is one's own function, or that
-    /// function's code was put into it, which says that it was resumed after its
-    /// end. None where not all of its code is known.
+    /// The futures of which it is the function, or has that function's code in its
+    /// own. None where not all of its code is known.
     whole: Uses,
     /// Whether it is one of tokio's functions.
     is_own: bool,
@@ -205,7 +206,9 @@ struct Said {
 /// Finds what tasks can wait for.
 pub(super) struct Reach<'a, R: ?Sized> {
     finder: Finder<'a, R>,
-    said: FxHashMap<Vaddr, Said>,
+    said: FxHashMap<Vaddr, Arc<Said>>,
+    /// What functions lead to that polls.
+    polls: FxHashMap<Vaddr, Uses>,
 }
 
 impl<'a, R: ReadAt + ?Sized> Reach<'a, R> {
@@ -214,6 +217,7 @@ impl<'a, R: ReadAt + ?Sized> Reach<'a, R> {
         Reach {
             finder,
             said: FxHashMap::default(),
+            polls: FxHashMap::default(),
         }
     }
 
@@ -227,6 +231,16 @@ impl<'a, R: ReadAt + ?Sized> Reach<'a, R> {
     fn all(&mut self, addr: Vaddr, what: fn(&Said) -> Uses) -> Uses {
         let none = |_: &mut Self, _: &Said| None;
         self.walk(addr, what, none)
+    }
+
+    /// What the function at `addr` and all that it leads to poll.
+    fn polls(&mut self, addr: Vaddr) -> Uses {
+        if let Some(known) = self.polls.get(&addr) {
+            return *known;
+        }
+        let polls = self.all(addr, |said| said.polls);
+        self.polls.insert(addr, polls);
+        polls
     }
 
     /// What the function at `start` and all that it leads to say, without what
@@ -275,7 +289,7 @@ impl<'a, R: ReadAt + ?Sized> Reach<'a, R> {
         for (_, parts) in parts {
             let mut leading = Vec::new();
             for callee in &said.next {
-                if self.all(*callee, |said| said.polls).any(parts) {
+                if self.polls(*callee).any(parts) {
                     leading.push(*callee);
                 }
             }
@@ -288,10 +302,10 @@ impl<'a, R: ReadAt + ?Sized> Reach<'a, R> {
         None
     }
 
-    fn said(&mut self, addr: Vaddr) -> Said {
+    fn said(&mut self, addr: Vaddr) -> Arc<Said> {
         let finder = &mut self.finder;
-        let said = self.said.entry(addr).or_insert_with(|| said(finder, addr));
-        said.clone()
+        let said = self.said.entry(addr);
+        Arc::clone(said.or_insert_with(|| Arc::new(said_of(finder, addr))))
     }
 }
 
@@ -299,7 +313,7 @@ fn uses(said: &Said) -> Uses {
     said.polls.and(said.mentions)
 }
 
-fn said<R: ReadAt + ?Sized>(finder: &mut Finder<R>, addr: Vaddr) -> Said {
+fn said_of<R: ReadAt + ?Sized>(finder: &mut Finder<R>, addr: Vaddr) -> Said {
     let mut said = Said::default();
     let symbol = finder.symbols.function(addr, Some(addr));
     let symbol = symbol.map(|(symbol, _)| symbol).unwrap_or_default();
