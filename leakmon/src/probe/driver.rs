@@ -316,7 +316,7 @@ impl Seat {
             now,
             attached: self.attached.tier(),
             hits,
-            cpu,
+            cpu: Some(cpu),
             learning: self.attached.is_learning(),
             others_pay: others_pay.map_err(|error| error.to_string())?,
         }))
