@@ -3,9 +3,9 @@
 
 mod bpftrace;
 mod census;
-mod hello;
 mod hits;
 mod sample;
+mod servers;
 mod start;
 mod system;
 mod table;
@@ -45,6 +45,8 @@ pub(crate) struct Options {
 enum Part {
     /// Operations a second that a program keeps while it is watched
     Throughput,
+    /// CPU time of a request to servers, one watched and one not
+    Servers,
     /// CPU time of a probe's hit
     Hits,
     /// Time, memory and CPU use of censuses of very many goroutines
@@ -157,15 +159,21 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         report: Report::default(),
         options,
     };
-    if bench.wants(Part::Throughput) || bench.wants(Part::System) {
+    let with_fixtures = [Part::Throughput, Part::Servers, Part::System];
+    if with_fixtures.iter().any(|part| bench.wants(*part)) {
         fixtures::build(&bench.go, &fixtures::Options::default())?;
     }
     let machine = machine();
-    let parts: [(Part, &str, Measure); 5] = [
+    let parts: [(Part, &str, Measure); 6] = [
         (
             Part::Throughput,
             "throughput, watched against not watched",
             throughput::run,
+        ),
+        (
+            Part::Servers,
+            "servers, one watched and one not",
+            servers::run,
         ),
         (Part::Hits, "CPU time of a hit", hits::run),
         (

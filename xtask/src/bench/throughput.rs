@@ -8,7 +8,6 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 
 use super::bpftrace;
-use super::hello;
 use super::sample::Sample;
 use super::system::cpu_seconds;
 use super::table::Table;
@@ -59,9 +58,6 @@ const LOOPS: &[&str] = &["pingpong", "spawn", "buffered"];
 /// The server's, which is the one that targets are set for.
 const HTTP: &str = "HTTP";
 
-/// Requests for each second of the server's CPU time; in Rust, with axum on tokio.
-const AXUM: &str = "axum, by CPU";
-
 /// Two threads that wake each other, on one CPU: of all loads the one with the most switches.
 const FUTEX: &str = "futex pingpong, by CPU";
 
@@ -94,7 +90,6 @@ pub(super) fn run(bench: &mut Bench<'_>) -> Result<()> {
     let threads = fixtures::threads("c-release", "fthreads")?;
     loads.push(("tokio pingpong", Load::Loop(tokio.clone(), "pingpong")));
     loads.push(("tokio spawn", Load::Loop(tokio, "spawn")));
-    loads.push((AXUM, Load::Hello(fixtures::newest_tokio("axumleak")?)));
     loads.push(("futex pingpong", Load::Loop(threads.clone(), "pingpong")));
     loads.push((FUTEX, Load::OneCpu(threads.clone(), "pingpong")));
     loads.push(("thread spawn", Load::Loop(threads, "spawn")));
@@ -158,8 +153,6 @@ fn targets(report: &mut Report, load: &str, kept: &[Sample]) {
             census.percent(),
             verdict(census.median() >= again.min().min(0.99)),
         );
-    }
-    if load == HTTP || load == AXUM {
         report.target(
             &format!("{load} under the default governor"),
             &format!("at least {:.0} %", 100.0 * WANTED),
@@ -195,16 +188,12 @@ enum Load {
     OneCpu(PathBuf, &'static str),
     /// The server at this path, with its client in another process.
     Http(PathBuf),
-    /// The server at this path, asked for `/hello` by this process.
-    Hello(PathBuf),
 }
 
 impl Load {
     fn program(&self) -> &Path {
         match self {
-            Self::Loop(path, _) | Self::OneCpu(path, _) | Self::Http(path) | Self::Hello(path) => {
-                path
-            }
+            Self::Loop(path, _) | Self::OneCpu(path, _) | Self::Http(path) => path,
         }
     }
 }
@@ -271,7 +260,7 @@ impl<'a> Running<'a> {
                 pin(program.pid())?;
                 String::new()
             }
-            Load::Http(_) | Load::Hello(_) => {
+            Load::Http(_) => {
                 let line = program.line()?;
                 let address = line.strip_prefix("listening ");
                 address.context("the server says no address")?.to_owned()
@@ -284,7 +273,7 @@ impl<'a> Running<'a> {
         })
     }
 
-    /// Operations a second over this time; of [`Load::OneCpu`] and [`Load::Hello`], a second of the program's CPU time.
+    /// Operations a second over this time; of [`Load::OneCpu`], a second of the program's CPU time.
     fn rate(&mut self, time: Duration) -> Result<f64> {
         let text = format!("{}ms", time.as_millis());
         let answer = match self.load {
@@ -298,7 +287,6 @@ impl<'a> Running<'a> {
             Load::Http(path) => Run::new(path)
                 .args(["-client", &self.address, "-d", &text])
                 .capture()?,
-            Load::Hello(_) => return hello::rate(self.program.pid(), &self.address, time),
         };
         field(&answer, "rate")
     }
