@@ -9,7 +9,7 @@
 use std::io::{self, Write};
 
 use super::{Exit, Failure};
-use crate::probe::{self, Features, Way};
+use crate::probe::{self, Features, Role, Way};
 use crate::process::capabilities::{
     Capability, Facts, KernelVersion, Lockdown, Missing, missing_for,
 };
@@ -30,14 +30,15 @@ enum Trial {
 
 impl Trial {
     fn run() -> Trial {
-        match probe::load() {
-            Ok((kernel, cost)) => Trial::Works {
+        let tried = probe::load().and_then(|(kernel, calibration)| {
+            let cost = calibration.of(&kernel, [Role::Spawn, Role::Park])?;
+            Ok(Trial::Works {
                 way: kernel.way(),
                 lifecycle_ns: cost.lifecycle_ns,
                 blocking_ns: cost.blocking_ns,
-            },
-            Err(error) => Trial::Fails(error.to_string()),
-        }
+            })
+        });
+        tried.unwrap_or_else(|error| Trial::Fails(error.to_string()))
     }
 }
 

@@ -9,6 +9,7 @@
 //! that is not the process's first.
 
 use std::arch::global_asm;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use leakmon_common::go::{Layout, STARTPC_FROM_GOPC};
@@ -16,6 +17,7 @@ use leakmon_common::tokio;
 
 use super::error::Error;
 use super::kernel::{Attached, Kernel, Way};
+use super::lock;
 use super::plan::{Code, Measured, Place, Plan, Role, Tier};
 use crate::binary::addr::FileOffset;
 
@@ -292,15 +294,16 @@ const LAYOUT: Layout = Layout {
 /// Words of the made-up goroutine.
 const G_WORDS: usize = 64;
 
-/// What a hit costs a target on this machine, in nanoseconds of its CPU time.
+/// What a hit costs a target on this machine, in nanoseconds of its CPU time; 0
+/// where nobody has asked for it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Cost {
+    /// A hit of a program that does nothing.
+    pub empty_ns: f64,
     /// A hit of the programs of the tier `lifecycle`.
     pub lifecycle_ns: f64,
     /// A hit of the programs that the tier `blocking` adds.
     pub blocking_ns: f64,
-    /// A hit of a program that does nothing.
-    pub empty_ns: f64,
     /// A poll of a tokio task: its call, its return and its idle time. Ten times
     /// an empty hit where it cannot be measured, and hardly be attached.
     pub poll_ns: f64,
@@ -309,7 +312,7 @@ pub struct Cost {
     /// measured.
     pub poll_stepped_ns: f64,
     /// A thread is taken from its CPU or put on one. As much as a hit of the tier
-    /// `blocking` where it cannot be measured.
+    /// `lifecycle` where it cannot be measured.
     pub switch_ns: f64,
 }
 
@@ -326,90 +329,150 @@ impl Cost {
     }
 }
 
-/// Loads the kernel side in the best way that is proven to work here, and says
-/// what its hits cost.
+/// What hits cost, as far as somebody has asked: the kernel takes longer to accept
+/// some programs than all the rest of leakmon's start takes.
+pub struct Calibration(Mutex<Cost>);
+
+impl Calibration {
+    /// The cost of hits of these roles, and of any others that are known by now.
+    /// What is not known yet is measured, in up to 0.1 s, on leakmon's own process.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFiring`] when the probes do not count exactly what they should.
+    pub fn of(
+        &self,
+        kernel: &Kernel,
+        roles: impl IntoIterator<Item = Role>,
+    ) -> Result<Cost, Error> {
+        let mut cost = lock(&self.0);
+        for role in roles {
+            cost.measure(kernel, role.program().cost)?;
+        }
+        Ok(*cost)
+    }
+}
+
+impl Cost {
+    /// Measures one figure, if it is not known.
+    fn measure(&mut self, kernel: &Kernel, what: Measured) -> Result<(), Error> {
+        // No other runtime's figures hang on these.
+        let or = |measured: Result<f64, Error>, else_ns| {
+            measured.unwrap_or_else(|error| {
+                log::info!("{error}");
+                else_ns
+            })
+        };
+        match what {
+            Measured::Blocking if self.blocking_ns == 0.0 => {
+                let [_, _, blocking] = loops();
+                let waits = [Role::Park, Role::Resume];
+                self.blocking_ns = apart(|| measure_hit(kernel, blocking, waits, Tier::Blocking))?;
+            }
+            Measured::Poll if self.poll_ns == 0.0 => {
+                let measured = apart(|| measure_poll(kernel, Role::Poll));
+                self.poll_ns = or(measured, 10.0 * self.empty_ns);
+            }
+            Measured::PollStepped if self.poll_stepped_ns == 0.0 => {
+                self.measure(kernel, Measured::Poll)?;
+                let measured = apart(|| measure_poll(kernel, Role::PollStepped));
+                self.poll_stepped_ns = or(measured, 10.0 * self.poll_ns);
+            }
+            Measured::Switch if self.switch_ns == 0.0 => {
+                self.switch_ns = or(apart(|| measure_switch(kernel)), self.lifecycle_ns);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// Loads the kernel side in the best way that is proven to work here.
 ///
 /// # Errors
 ///
 /// Those of [`Kernel::load`] and [`calibrate`].
-pub fn load() -> Result<(Kernel, Cost), Error> {
+pub fn load() -> Result<(Kernel, Calibration), Error> {
     let kernel = Kernel::load()?;
-    let measured = match calibrate(&kernel) {
+    let calibration = match calibrate(&kernel) {
         Err(error) if kernel.way() == Way::Multi => {
             log::info!("uprobe_multi links are not used: {error}");
             drop(kernel);
             let kernel = Kernel::load_for(Way::PerfEvent)?;
-            let cost = calibrate(&kernel)?;
-            return Ok((kernel, cost));
+            let calibration = calibrate(&kernel)?;
+            return Ok((kernel, calibration));
         }
-        measured => measured?,
+        calibration => calibration?,
     };
-    Ok((kernel, measured))
+    Ok((kernel, calibration))
 }
 
-/// Measures what hits cost, in about 0.1 s. It attaches to leakmon's
-/// own process.
+/// Proves that probes fire and count, and measures what the hits cost that every
+/// runtime has. It attaches to leakmon's own process.
 ///
 /// # Errors
 ///
 /// [`Error::NotFiring`] when the probes do not count exactly what they should.
-pub fn calibrate(kernel: &Kernel) -> Result<Cost, Error> {
+pub fn calibrate(kernel: &Kernel) -> Result<Calibration, Error> {
+    let [empty, lifecycle, _] = loops();
+    let sites = [Role::Spawn, Role::Exit];
+    let cost = apart(|| {
+        Ok(Cost {
+            empty_ns: measure_empty(kernel, empty)?,
+            lifecycle_ns: measure_hit(kernel, lifecycle, sites, Tier::Lifecycle)?,
+            blocking_ns: 0.0,
+            poll_ns: 0.0,
+            poll_stepped_ns: 0.0,
+            switch_ns: 0.0,
+        })
+    })?;
+    Ok(Calibration(Mutex::new(cost)))
+}
+
+/// Measures in a thread that is not the process's first.
+fn apart<T: Send>(measure: impl FnOnce() -> Result<T, Error> + Send) -> Result<T, Error> {
     std::thread::scope(|scope| {
-        scope
-            .spawn(|| measure(kernel))
-            .join()
-            .unwrap_or_else(|_| Err(Error::NotFiring("the calibration panicked".to_owned())))
+        let measured = scope.spawn(measure).join();
+        measured.unwrap_or_else(|_| Err(Error::NotFiring("the calibration panicked".to_owned())))
     })
 }
 
-fn measure(kernel: &Kernel) -> Result<Cost, Error> {
-    let [empty, lifecycle, blocking] = loops();
-    let bare = per_hit(empty);
-    let plan = |loops: Loop, begin, end| {
-        let place = |address, role| {
-            Ok::<_, Error>(Place {
-                code: Code::Executable,
-                offset: own_offset(address)?,
-                role,
-                argument: 2,
-            })
-        };
-        Ok::<_, Error>(Plan {
-            layout: LAYOUT.words(),
-            places: vec![place(loops.begin, begin)?, place(loops.end, end)?],
-        })
-    };
-    let pid = std::process::id();
-    let nothing = plan(empty, Role::Spawn, Role::Exit)?;
-    let nothing = kernel.attach_empty(pid, &nothing.places)?;
-    let sites = plan(lifecycle, Role::Spawn, Role::Exit)?;
-    let sites = kernel.attach(pid, &sites, Tier::Lifecycle)?;
-    let waits = plan(blocking, Role::Park, Role::Resume)?;
-    let waits = kernel.attach(pid, &waits, Tier::Blocking)?;
+/// A plan of a loop's two places.
+fn plan(of: Loop, roles: [Role; 2]) -> Result<Plan, Error> {
+    let mut places = Vec::new();
+    for (address, role) in [of.begin, of.end].into_iter().zip(roles) {
+        places.push(Place {
+            code: Code::Executable,
+            offset: own_offset(address)?,
+            role,
+            argument: 2,
+        });
+    }
+    Ok(Plan {
+        layout: LAYOUT.words(),
+        places,
+    })
+}
 
-    let empty_ns = (per_hit(empty) - bare).max(1.0);
-    let blocking_ns = (per_hit(blocking) - bare).max(1.0);
-    // No other runtime's figures hang on these.
-    let or = |measured: Result<f64, Error>, else_ns| {
-        measured.unwrap_or_else(|error| {
-            log::info!("{error}");
-            else_ns
-        })
-    };
-    let lifecycle_ns = (per_hit(lifecycle) - bare).max(1.0);
-    let poll_ns = or(measure_poll(kernel, Role::Poll), 10.0 * empty_ns);
-    let stepped = measure_poll(kernel, Role::PollStepped);
-    let cost = Cost {
-        lifecycle_ns,
-        blocking_ns,
-        empty_ns,
-        poll_ns,
-        poll_stepped_ns: or(stepped, 10.0 * poll_ns),
-        switch_ns: or(measure_switch(kernel), blocking_ns),
-    };
-    let verified = verify(&sites).and_then(|()| verify(&waits));
-    detach((nothing, sites, waits));
-    verified.map(|()| cost)
+/// What a hit of the program that does nothing costs.
+fn measure_empty(kernel: &Kernel, empty: Loop) -> Result<f64, Error> {
+    let bare = per_hit(empty);
+    let places = plan(empty, [Role::Spawn, Role::Exit])?.places;
+    let attached = kernel.attach_empty(std::process::id(), &places)?;
+    let probed = per_hit(empty);
+    detach(attached);
+    Ok((probed - bare).max(1.0))
+}
+
+/// What a hit costs that is one of these two in turn, which must count what was
+/// done.
+fn measure_hit(kernel: &Kernel, of: Loop, roles: [Role; 2], tier: Tier) -> Result<f64, Error> {
+    let bare = per_hit(of);
+    let attached = kernel.attach(std::process::id(), &plan(of, roles)?, tier)?;
+    let probed = per_hit(of);
+    let verified = verify(&attached);
+    detach(attached);
+    verified.map(|()| (probed - bare).max(1.0))
 }
 
 /// Drops what is attached. The kernel takes its time; nobody needs to wait for it.

@@ -1,7 +1,7 @@
 //! The kernel side: loading, attaching, reading, and the budget.
 //!
-//! [`load`] loads the programs once for a leakmon process, proves that they
-//! fire and measures what a hit costs. A runtime describes a process by a
+//! [`load`] loads the programs once for a leakmon process and proves that they
+//! fire; [`Calibration`] measures what hits cost. A runtime describes a process by a
 //! [`Plan`]; [`Kernel::attach`] attaches a tier of it, and [`Attached::read`]
 //! reads what was counted. A [`Driver`] does so under a [`Governor`], which
 //! keeps the cost within what the user allows.
@@ -30,7 +30,7 @@ mod sys;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use budget::{FLOOR_PERCENT, Governor, Interval, MIN_SHARE, Reading, Step, cpu_time};
-pub use calibrate::{Cost, calibrate, load};
+pub use calibrate::{Calibration, Cost, calibrate, load};
 pub use counts::{
     Counts, CreationStack, Drops, Hits, KnownTask, KnownThread, TaskRun, ThreadRun, WaitCounts,
 };

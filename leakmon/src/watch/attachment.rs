@@ -58,7 +58,10 @@ impl Attachment {
             return Err(WatchError::NoPlaces(why.clone()));
         }
         let drivers = kernel.drivers();
-        let (kernel, cost) = kernel.probing()?;
+        let (kernel, calibration) = kernel.probing()?;
+        let roles = probes.plan.places.iter().map(|place| place.role);
+        let cost = calibration.of(kernel, roles.filter(|role| role.tier() <= highest));
+        let cost = cost.map_err(|error| WatchError::from(&error))?;
         let attached = match wanted.fixed {
             // Whatever it costs, it costs this process alone.
             Some(_) => kernel.attach(pid, &probes.plan, Tier::Census),
@@ -69,8 +72,8 @@ impl Attachment {
             .know_threads(&tasks.known_threads())
             .map_err(|error| WatchError::from(&error))?;
         let governor = match wanted.fixed {
-            Some(tier) => Governor::fixed(*cost, tier.min(highest)),
-            None => Governor::governed(*cost, wanted.max_overhead, highest),
+            Some(tier) => Governor::fixed(cost, tier.min(highest)),
+            None => Governor::governed(cost, wanted.max_overhead, highest),
         };
         Ok(Attachment::Probing(Box::new(Probing {
             driver: drivers.start(attached, governor, pid),

@@ -2,13 +2,13 @@
 
 use std::sync::OnceLock;
 
-use crate::probe::{self, Cost, Drivers, Error, Kernel, Limits, ThreadRegisters, Way};
+use crate::probe::{self, Calibration, Drivers, Error, Kernel, Limits, ThreadRegisters, Way};
 
 /// Loaded once, when it is first needed or somebody has the time.
 pub struct KernelSide {
     probes: bool,
-    /// For probes: proven to fire, and their cost known.
-    probing: OnceLock<Result<(Kernel, Cost), Error>>,
+    /// For probes: proven to fire.
+    probing: OnceLock<Result<(Kernel, Calibration), Error>>,
     drivers: Drivers,
     /// For what the kernel tells without a probe in any process.
     reading: OnceLock<Option<Kernel>>,
@@ -46,7 +46,7 @@ impl KernelSide {
     }
 
     /// What probes need; waits for [`KernelSide::load`].
-    pub(super) fn probing(&self) -> Result<&(Kernel, Cost), &Error> {
+    pub(super) fn probing(&self) -> Result<&(Kernel, Calibration), &Error> {
         self.probing.wait().as_ref()
     }
 

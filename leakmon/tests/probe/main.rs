@@ -457,7 +457,8 @@ fn every_cost_is_measured() {
     for way in ways() {
         let kernel = Kernel::load_for(way).unwrap();
         let start = Instant::now();
-        let cost = calibrate(&kernel).unwrap();
+        let calibration = calibrate(&kernel).unwrap();
+        let cost = calibration.of(&kernel, Role::all()).unwrap();
         println!("{way:?}: {cost:.0?}, measured in {:?}", start.elapsed());
         for ns in [
             cost.lifecycle_ns,
@@ -479,7 +480,8 @@ fn every_cost_is_measured() {
 #[test]
 fn the_calibrated_cost_is_that_of_a_real_program() {
     let _alone = alone();
-    let (kernel, cost) = leakmon::probe::load().unwrap();
+    let (kernel, calibration) = leakmon::probe::load().unwrap();
+    let cost = calibration.of(&kernel, [Role::Spawn, Role::Park]).unwrap();
     let mut target = Target::start();
     for (command, tier, ns) in [
         ("churn 100000", Tier::Lifecycle, cost.lifecycle_ns),
@@ -535,7 +537,8 @@ fn repeat(target: &mut Target, command: &str, until: Instant) -> u32 {
 #[test]
 fn the_governor_keeps_a_busy_target_within_its_budget() {
     let _alone = alone();
-    let (kernel, cost) = leakmon::probe::load().unwrap();
+    let (kernel, calibration) = leakmon::probe::load().unwrap();
+    let cost = calibration.of(&kernel, [Role::Spawn, Role::Park]).unwrap();
     let mut target = Target::start();
     let governor = Governor::governed(cost, 5.0, Tier::Blocking);
     let driver = govern(&kernel, &target, governor);
@@ -559,7 +562,8 @@ fn the_governor_keeps_a_busy_target_within_its_budget() {
 #[test]
 fn the_governor_leaves_a_calm_target_attached() {
     let _alone = alone();
-    let (kernel, cost) = leakmon::probe::load().unwrap();
+    let (kernel, calibration) = leakmon::probe::load().unwrap();
+    let cost = calibration.of(&kernel, [Role::Spawn, Role::Park]).unwrap();
     let mut target = Target::start();
     let governor = Governor::governed(cost, 5.0, Tier::Blocking);
     let driver = govern(&kernel, &target, governor);
