@@ -193,7 +193,7 @@ fn births_and_ends_are_counted_exactly() {
         let Some(path) = zoo(build) else {
             continue;
         };
-        for tier in TIERS {
+        for &tier in common::alike(&TIERS) {
             let what = format!("{build} {tier}");
             let mut target = Running::start(&path);
             let pid = target.pid();

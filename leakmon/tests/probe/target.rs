@@ -8,7 +8,6 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
 use leakmon::binary::addr::FileOffset;
 use leakmon::probe::{Code, Place, Plan, Role};
 use leakmon_common::go::Layout;
@@ -180,6 +179,20 @@ fn vaddr(file: &object::File<'_>, offset: FileOffset) -> u64 {
     offset.0 - segment.file_range().0 + segment.address()
 }
 
+/// What the places are found by, of one instruction.
+#[derive(Clone, Copy)]
+struct Instruction {
+    address: u64,
+    /// Where the next one is.
+    next: u64,
+    /// What it calls.
+    call: Option<u64>,
+    /// Where it may go instead of the next one, without a call.
+    branch: Option<u64>,
+    /// The kernel emulates it instead of stepping over it.
+    emulated: bool,
+}
+
 /// One function's instructions.
 fn decode(file: &object::File<'_>, start: u64, size: u64) -> Vec<Instruction> {
     let segment = file
@@ -187,19 +200,73 @@ fn decode(file: &object::File<'_>, start: u64, size: u64) -> Vec<Instruction> {
         .find(|segment| (segment.address()..segment.address() + segment.size()).contains(&start))
         .unwrap();
     let from = (start - segment.address()) as usize;
-    let code = &segment.data().unwrap()[from..from + size as usize];
+    instructions(&segment.data().unwrap()[from..from + size as usize], start)
+}
+
+#[cfg(target_arch = "x86_64")]
+fn instructions(code: &[u8], start: u64) -> Vec<Instruction> {
+    use iced_x86::{Decoder, DecoderOptions, FlowControl, Mnemonic, OpKind};
+
     Decoder::with_ip(64, code, start, DecoderOptions::NONE)
         .into_iter()
+        .map(|instruction| {
+            let target = instruction.near_branch_target();
+            let is_push = instruction.mnemonic() == Mnemonic::Push
+                && instruction.op0_kind() == OpKind::Register;
+            let flow = instruction.flow_control();
+            let is_branch = matches!(
+                flow,
+                FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch
+            );
+            Instruction {
+                address: instruction.ip(),
+                next: instruction.next_ip(),
+                call: instruction.is_call_near().then_some(target),
+                branch: is_branch.then_some(target),
+                emulated: is_push || is_branch || flow == FlowControl::Call,
+            }
+        })
         .collect()
 }
 
-fn is_emulated(instruction: &Instruction) -> bool {
-    match instruction.flow_control() {
-        FlowControl::Call | FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch => {
-            true
-        }
-        _ => instruction.mnemonic() == Mnemonic::Push && instruction.op0_kind() == OpKind::Register,
-    }
+/// By the Arm Architecture Reference Manual, C4.1, "A64 instruction set encoding"; what the kernel emulates is in its
+/// arch/arm64/kernel/probes/decode-insn.c.
+#[cfg(target_arch = "aarch64")]
+fn instructions(code: &[u8], start: u64) -> Vec<Instruction> {
+    let words = code
+        .chunks_exact(4)
+        .map(|word| u32::from_le_bytes(word.try_into().unwrap()));
+    words
+        .zip((start..).step_by(4))
+        .map(|(word, address)| {
+            // A number of `bits` bits from bit `low` on counts words from here.
+            let target = |low: u32, bits: u32| {
+                let words = (word << (32 - low - bits)) as i32 >> (32 - bits);
+                address.wrapping_add_signed(4 * i64::from(words))
+            };
+            let branch = match word {
+                _ if word >> 26 == 0b00_0101 => Some(target(0, 26)),
+                _ if word >> 24 == 0x54 || word & 0x7e00_0000 == 0x3400_0000 => Some(target(5, 19)),
+                _ if word & 0x7e00_0000 == 0x3600_0000 => Some(target(5, 14)),
+                _ => None,
+            };
+            let call = (word >> 26 == 0b10_0101).then(|| target(0, 26));
+            Instruction {
+                address,
+                next: address + 4,
+                call,
+                branch,
+                emulated: branch.is_some() || call.is_some(),
+            }
+        })
+        .collect()
+}
+
+/// Behind a function's check that its stack is large enough, which may run it twice.
+fn behind_check(code: &[Instruction]) -> u64 {
+    // It begins with the check: a load, a comparison, a branch.
+    let check = code.iter().take(6).find(|i| i.branch.is_some());
+    check.map_or(code[0].address, |branch| branch.next)
 }
 
 /// The probe places of a Go 1.26 binary with symbols.
@@ -224,41 +291,30 @@ pub(crate) fn plan(binary: &Path) -> Plan {
     let (gopark, _) = find("runtime.gopark").unwrap();
 
     let (_, newproc) = find("runtime.newproc.func1").unwrap();
-    let spawn = newproc
-        .iter()
-        .find(|i| i.is_call_near() && i.near_branch_target() == runqput)
-        .unwrap();
-    place(spawn.ip(), Role::Spawn, 0);
+    let spawn = newproc.iter().find(|i| i.call == Some(runqput)).unwrap();
+    place(spawn.address, Role::Spawn, 0);
 
-    // Behind the stack check, at `push rbp`.
     let (_, goexit0) = find("runtime.goexit0").unwrap();
-    let exit = goexit0
-        .iter()
-        .find(|i| i.mnemonic() == Mnemonic::Push)
-        .unwrap();
-    place(exit.ip(), Role::Exit, 0);
+    place(behind_check(&goexit0), Role::Exit, 0);
 
     for name in PARKING {
         let Some((_, code)) = find(name) else {
             continue;
         };
         for (index, call) in code.iter().enumerate() {
-            if !call.is_call_near() || call.near_branch_target() != gopark {
+            if call.call != Some(gopark) {
                 continue;
             }
-            let resume = code[index + 1..]
-                .iter()
-                .find(|instruction| is_emulated(instruction))
-                .unwrap();
-            let gap = call.next_ip()..=resume.ip();
+            let mut rest = code[index + 1..].iter();
+            let resume = rest.find(|instruction| instruction.emulated).unwrap();
+            let gap = call.next..=resume.address;
+            let mut branches = code.iter().filter_map(|i| i.branch);
             assert!(
-                !code
-                    .iter()
-                    .any(|i| gap.contains(&i.near_branch_target()) && !i.is_call_near()),
+                !branches.any(|target| gap.contains(&target)),
                 "a branch into the gap of {name}"
             );
-            place(call.ip(), Role::Park, 2);
-            place(resume.ip(), Role::Resume, 0);
+            place(call.address, Role::Park, 2);
+            place(resume.address, Role::Resume, 0);
         }
     }
     Plan {
@@ -291,29 +347,23 @@ pub(crate) fn universal_plan(binary: &Path, reasons: u64) -> Plan {
         role,
         argument: 4,
     };
-    let push = |name| {
-        let (_, code) = code(name);
-        code.iter()
-            .find(|i| i.mnemonic() == Mnemonic::Push)
-            .unwrap()
-            .ip()
-    };
+    let start = |name| behind_check(&code(name).1);
     // This binary has no emulated instruction behind the call that still finds
-    // the result in RAX: take the first one, which is single-stepped.
+    // the result in its register: take the first one, which is single-stepped.
     let (newproc1, _) = code("runtime.newproc1");
     let (_, newproc) = code("runtime.newproc.func1");
     let call = newproc
         .iter()
-        .position(|i| i.is_call_near() && i.near_branch_target() == newproc1)
+        .position(|i| i.call == Some(newproc1))
         .unwrap();
     let spawn = &newproc[call + 1];
     Plan {
         layout: Layout { reasons, ..LAYOUT }.words(),
         places: vec![
-            place(spawn.ip(), Role::SpawnReturned),
-            place(push("runtime.goexit0"), Role::Exit),
-            place(push("runtime.park_m"), Role::ParkUniversal),
-            place(push("runtime.ready"), Role::Ready),
+            place(spawn.address, Role::SpawnReturned),
+            place(start("runtime.goexit0"), Role::Exit),
+            place(start("runtime.park_m"), Role::ParkUniversal),
+            place(start("runtime.ready"), Role::Ready),
         ],
     }
 }

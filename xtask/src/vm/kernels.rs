@@ -17,8 +17,8 @@ pub(super) const NEWEST: &str = "newest";
 /// and the newest. No Debian release has had 5.15; the nearest ones are 5.10 and 6.1, and 6.1 has what came with 5.15.
 pub(super) const SERIES: &[&str] = &["5.10", "6.1", "6.12", NEWEST];
 
-/// Of these, two far apart that the releases which Debian supports have.
-pub(super) const TWO: &[&str] = &["6.1", NEWEST];
+/// Of these, the two that are farthest apart.
+pub(super) const TWO: &[&str] = &["5.10", NEWEST];
 
 /// Debian's releases that have them. What one has lost, the next may have.
 const SUITES: &[&str] = &[

@@ -76,20 +76,16 @@ pub(crate) fn test(go: &Go) -> Result<()> {
 
 /// Runs the suite, or the brief one, or `only` some tests, in these guests.
 fn boot(go: &Go, brief: bool, only: Option<&str>, wanted: &[(Arch, &[&str])]) -> Result<()> {
-    let suites = wanted
-        .iter()
-        .map(|&(arch, series)| (arch, series, Suite::new(arch, brief, only)))
-        // Some tests run on one architecture alone.
-        .filter(|(.., suite)| !suite.tests().is_empty());
-    let mut guests = Vec::new();
-    for (arch, series, suite) in suites {
-        guests.extend(prepare(arch, go, &suite, series)?);
-    }
+    let suite = Suite::new(brief, only);
     ensure!(
-        !guests.is_empty(),
-        "no test that runs in these guests has {:?} in its name",
+        !suite.tests().is_empty(),
+        "no test that runs in guests has {:?} in its name",
         only.unwrap_or_default()
     );
+    let mut guests = Vec::new();
+    for &(arch, series) in wanted {
+        guests.extend(prepare(arch, go, &suite, series)?);
+    }
     let start = Instant::now();
     println!("==> {} guests, {AT_ONCE} at once", guests.len());
     let reports = boot_all(&guests)?;

@@ -4,8 +4,6 @@
 
 use std::collections::BTreeSet;
 
-use crate::arch::Arch;
-
 /// The versions of Go whose programs are there: the oldest with Go's present scheduler, and the newest.
 pub(super) const GO: &[&str] = &["1.21", "1.27"];
 
@@ -28,17 +26,13 @@ pub(super) const FIXTURES: &[&str] = &[
 /// How many times as long as on this machine things may take.
 pub(super) const SLOWNESS: u32 = 4;
 
-/// Where and how often a test runs.
+/// When a test runs.
 #[derive(Clone, Copy)]
 enum In {
-    /// In every guest.
+    /// Always.
     Brief,
     /// When the whole suite is asked for.
     Whole,
-    /// In every guest with x86_64: the test decodes that processor's code to find what it probes.
-    BriefX86,
-    /// The same, when the whole suite is asked for.
-    WholeX86,
 }
 
 /// Tests by the name of their binary.
@@ -50,24 +44,21 @@ const TESTS: &[(&str, &[(&str, In)])] = &[
     (
         "probe",
         &[
-            ("spawns_and_exits_are_exact", In::BriefX86),
-            ("blocks_are_exact", In::BriefX86),
+            ("spawns_and_exits_are_exact", In::Brief),
+            ("blocks_are_exact", In::Brief),
             (
                 "what_does_not_fit_is_counted_as_dropped_and_logged",
-                In::WholeX86,
+                In::Whole,
             ),
-            ("the_universal_places_count_the_same", In::WholeX86),
-            (
-                "another_process_of_the_same_file_is_not_counted",
-                In::WholeX86,
-            ),
-            ("tiers_go_up_and_down", In::WholeX86),
+            ("the_universal_places_count_the_same", In::Whole),
+            ("another_process_of_the_same_file_is_not_counted", In::Whole),
+            ("tiers_go_up_and_down", In::Whole),
             (
                 "a_place_that_cannot_be_probed_is_named_and_nothing_stays",
-                In::WholeX86,
+                In::Whole,
             ),
-            ("a_process_that_is_gone_is_an_error", In::WholeX86),
-            ("a_killed_leakmon_leaves_nothing", In::WholeX86),
+            ("a_process_that_is_gone_is_an_error", In::Whole),
+            ("a_killed_leakmon_leaves_nothing", In::Whole),
             ("every_cost_is_measured", In::Whole),
             (
                 "threads::registers_of_a_blocked_thread_are_those_of_proc",
@@ -149,19 +140,17 @@ const TESTS: &[(&str, &[(&str, In)])] = &[
     ),
 ];
 
-/// What runs in each guest of one architecture: the names of binaries and their tests.
+/// What runs in each guest: the names of binaries and their tests.
 pub(super) struct Suite(Vec<(&'static str, &'static str)>);
 
 impl Suite {
     /// The whole suite or, in less than half the time, what shows that each runtime is counted, that what is probed is
     /// left as it was, and that what is missing is told. `only` keeps the tests with that in their name; there may be
     /// none.
-    pub(super) fn new(arch: Arch, brief: bool, only: Option<&str>) -> Suite {
+    pub(super) fn new(brief: bool, only: Option<&str>) -> Suite {
         let runs = |when: In| match when {
             In::Brief => true,
             In::Whole => !brief,
-            In::BriefX86 => arch == Arch::X86_64,
-            In::WholeX86 => arch == Arch::X86_64 && !brief,
         };
         let wanted = |binary: &str, test: &str| {
             only.is_none_or(|only| format!("{binary}::{test}").contains(only))
@@ -190,14 +179,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_runs_where() {
-        let count = |arch, brief, only| Suite::new(arch, brief, only).tests().len();
-        assert_eq!(count(Arch::X86_64, false, None), 44);
-        assert_eq!(count(Arch::Aarch64, false, None), 35);
-        assert_eq!(count(Arch::X86_64, true, None), 17);
-        assert_eq!(count(Arch::Aarch64, true, None), 15);
-        let blocks = Some("probe::blocks");
-        assert_eq!(count(Arch::X86_64, false, blocks), 1);
-        assert_eq!(count(Arch::Aarch64, false, blocks), 0);
+    fn what_runs_when() {
+        let count = |brief, only| Suite::new(brief, only).tests().len();
+        assert_eq!((count(false, None), count(true, None)), (44, 17));
+        assert_eq!(count(false, Some("probe::blocks")), 1);
     }
 }
