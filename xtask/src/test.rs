@@ -45,14 +45,15 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             .run()
     })?;
     // They wait most of the time.
-    let threads = 2 * std::thread::available_parallelism().map_or(1, usize::from);
+    let twice = || (2 * std::thread::available_parallelism().map_or(1, usize::from)).to_string();
+    let threads = std::env::var("RUST_TEST_THREADS").unwrap_or_else(|_| twice());
     step("tests", || {
         setup::cargo()
             .args(["test", "--release"])
             .env("LEAKMON_FIXTURES", &built.folder)
             .env("LEAKMON_REAL", &programs)
             .env("LEAKMON_GO", go.program())
-            .env("RUST_TEST_THREADS", threads.to_string())
+            .env("RUST_TEST_THREADS", threads)
             .run()
     })?;
     if options.vm {

@@ -30,15 +30,17 @@ enum Trial {
 
 impl Trial {
     fn run() -> Trial {
-        let tried = probe::load().and_then(|(kernel, calibration)| {
-            let cost = calibration.of(&kernel, [Role::Spawn, Role::Park])?;
-            Ok(Trial::Works {
-                way: kernel.way(),
-                lifecycle_ns: cost.lifecycle_ns,
-                blocking_ns: cost.blocking_ns,
-            })
-        });
-        tried.unwrap_or_else(|error| Trial::Fails(error.to_string()))
+        match probe::load() {
+            Ok((kernel, calibration)) => {
+                let cost = calibration.of(&kernel, [Role::Spawn, Role::Park]);
+                Trial::Works {
+                    way: kernel.way(),
+                    lifecycle_ns: cost.lifecycle_ns,
+                    blocking_ns: cost.blocking_ns,
+                }
+            }
+            Err(error) => Trial::Fails(error.to_string()),
+        }
     }
 }
 

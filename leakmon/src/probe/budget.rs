@@ -3,7 +3,8 @@
 //! [`Governor`] is a state machine over readings: it knows no kernel. A token
 //! bucket in nanoseconds of CPU time is filled by what the user allows (a share
 //! of the target's own CPU time, and at least a share of one core) and emptied
-//! by hits times their calibrated cost. While there are tokens the wanted tier
+//! by what hits cost: as much as in leakmon's own loops, and [`COLD`] more the
+//! more the target does between two of them. While there are tokens the wanted tier
 //! is attached; without tokens it is detached until there are enough for a
 //! useful window. Each tier's cost is known from its own windows, so that:
 //!
@@ -90,8 +91,7 @@ pub struct Reading {
     pub attached: Tier,
     /// Hits so far ([`super::Attached::hits`]).
     pub hits: Hits,
-    /// CPU time that the target has used so far ([`cpu_time`]); `None` where it is
-    /// not known, and hits are taken to be as dear as they can be.
+    /// CPU time that the target has used so far ([`cpu_time`]), where it is known.
     pub cpu: Option<Duration>,
     /// Spawns and exits are not counted yet, though their probes are attached
     /// ([`super::Attached::is_learning`]).
@@ -169,6 +169,9 @@ pub struct Governor {
     tokens: f64,
     /// Allowed cost, in CPU time for wall time.
     allowance: f64,
+    /// The target's own use in the same measure, an average: between two readings
+    /// a process's clock may stand still though its threads run.
+    own: Option<f64>,
     /// The same averages by tier; the census costs nothing.
     lifecycle: Rate,
     blocking: Rate,
@@ -217,6 +220,7 @@ impl Governor {
             // A full bucket of the floor, to begin with.
             tokens: FLOOR_PERCENT / 100.0 * BURST.as_nanos() as f64,
             allowance: FLOOR_PERCENT / 100.0,
+            own: None,
             lifecycle: Rate::default(),
             blocking: Rate::default(),
             retry: None,
@@ -282,23 +286,25 @@ impl Governor {
         }
         let seconds = time.as_secs_f64();
         let nanos = seconds * 1e9;
-        let in_loops = |tier: Tier| -> f64 {
-            Role::all()
-                .filter(|role| role.tier() == tier)
-                .map(|role| {
-                    let hits = now.hits.of(role).saturating_sub(last.hits.of(role));
-                    hits as f64 * self.cost.of(role)
-                })
-                .sum()
-        };
         let hits = now.hits.total().saturating_sub(last.hits.total());
         let cpu_ns = now.cpu.zip(last.cpu).map(|(now, last)| {
             let used = now.saturating_sub(last);
             used.as_nanos() as f64
         });
-        let (lifecycle_ns, blocking_ns) = (in_loops(Tier::Lifecycle), in_loops(Tier::Blocking));
-        let times = times_dearer(cpu_ns, hits as f64, lifecycle_ns + blocking_ns);
-        let (lifecycle_ns, blocking_ns) = (lifecycle_ns * times, blocking_ns * times);
+        let own_ns = self.own.map(|own| own * nanos).or(cpu_ns);
+        let cold = coldness(own_ns, hits);
+        let cost_of = |tier: Tier| -> f64 {
+            Role::all()
+                .filter(|role| role.tier() == tier)
+                .map(|role| {
+                    let hits = now.hits.of(role).saturating_sub(last.hits.of(role));
+                    let each = self.cost.of(role) + COLD * cold * self.cost.cached(role);
+                    hits as f64 * each
+                })
+                .sum()
+        };
+        let lifecycle_ns = cost_of(Tier::Lifecycle);
+        let blocking_ns = cost_of(Tier::Blocking);
         let cost_ns = lifecycle_ns + blocking_ns;
         let cpu_ns = cpu_ns.unwrap_or(0.0);
 
@@ -311,6 +317,10 @@ impl Governor {
             weight(time)
         };
         self.allowance += (allowed - self.allowance) * weight;
+        if now.cpu.is_some() {
+            let own = self.own.get_or_insert(used);
+            *own += (used - *own) * weight;
+        }
         self.seen += time;
         if self.attached >= Tier::Lifecycle {
             self.lifecycle.add(lifecycle_ns / nanos, time);
@@ -501,23 +511,14 @@ impl Governor {
     }
 }
 
-/// How much more `hits` cost than in a loop, where they would cost `loops_ns`, in a
-/// program that has used `cpu_ns` meanwhile, of its own and for them.
-///
-/// With `own` for what it has used of its own, they cost
-/// `loops_ns * (1 + COLD * own / (own + hits * COOLING_NS))`, and `own` is what they
-/// leave of `cpu_ns`: a quadratic equation.
-fn times_dearer(cpu_ns: Option<f64>, hits: f64, loops_ns: f64) -> f64 {
-    let Some(cpu_ns) = cpu_ns else {
-        return 1.0 + COLD;
+/// How much of [`COLD`] hits cost in a program that has used `own_ns` of its own
+/// meanwhile, 0 to 1; half of it where that is not known.
+fn coldness(own_ns: Option<f64>, hits: u64) -> f64 {
+    let Some(own_ns) = own_ns else {
+        return 0.5;
     };
-    if cpu_ns <= loops_ns {
-        return 1.0;
-    }
-    let cooling = hits * COOLING_NS;
-    let half = (cooling + loops_ns * (1.0 + COLD) - cpu_ns) / 2.0;
-    let own = (half * half + (cpu_ns - loops_ns) * cooling).sqrt() - half;
-    1.0 + COLD * own / (own + cooling)
+    let cooling = (hits as f64 * COOLING_NS).max(1.0);
+    own_ns / (own_ns + cooling)
 }
 
 fn below(tier: Tier) -> Tier {
@@ -808,17 +809,39 @@ mod tests {
 
     #[test]
     fn hits_are_the_dearer_the_less_there_are() {
-        // A thousand hits of 500 ns, with so much of its own between two of them.
-        for (own_each, times) in [(0.0, 1.0), (3e3, 1.0 + COLD / 2.0), (3e6, 1.0 + COLD)] {
-            let cpu = 1e3 * (own_each + 500.0 * times);
-            let found = times_dearer(Some(cpu), 1e3, 500e3);
-            assert!((found - times).abs() < 0.01, "{found} for {times}");
+        for (own_each, part) in [(0.0, 0.0), (3e3, 0.5), (3e6, 0.999)] {
+            let found = coldness(Some(1e3 * own_each), 1000);
+            assert!((found - part).abs() < 0.001, "{found} for {part}");
         }
-        // The clocks do not agree; nothing is hit; nothing is known.
-        assert_eq!(times_dearer(Some(400e3), 1e3, 500e3), 1.0);
-        assert!(times_dearer(Some(1e6), 0.0, 0.0).is_finite());
-        assert!(times_dearer(Some(0.0), 0.0, 0.0).is_finite());
-        assert_eq!(times_dearer(None, 1e3, 500e3), 1.0 + COLD);
+        assert_eq!(coldness(None, 1000), 0.5);
+        assert_eq!(coldness(Some(0.0), 0), 0.0);
+    }
+
+    #[test]
+    fn a_clock_that_stands_still_makes_no_hit_cheaper() {
+        let mut governor = Governor::fixed(COST, Tier::Blocking);
+        let mut reading = Reading {
+            now: Duration::from_secs(1000),
+            attached: Tier::Blocking,
+            cpu: Some(Duration::ZERO),
+            ..Reading::default()
+        };
+        governor.tick(reading);
+        // It shows every second what the target has used of a core, and nothing between.
+        for tick in 1..=100 {
+            reading.now += Duration::from_millis(50);
+            reading.hits.0[Role::Park.index()] += 500;
+            if tick % 20 == 0 {
+                reading.cpu = reading.cpu.map(|cpu| cpu + Duration::from_secs(1));
+            }
+            governor.tick(reading);
+            if tick == 60 {
+                governor.take_interval();
+            }
+        }
+        let overhead = governor.take_interval().overhead;
+        let each = overhead.cost_ns as f64 / overhead.hits as f64;
+        assert!(each > 600.0 * (1.0 + COLD * 0.6), "{each}");
     }
 
     #[test]

@@ -252,7 +252,7 @@ struct Loop {
 }
 
 /// The three loops: detaching takes longer than a measurement, so that each has
-/// places of its own and all are detached at once.
+/// places of its own.
 fn loops() -> [Loop; 3] {
     [
         Loop {
@@ -302,7 +302,8 @@ pub struct Cost {
     pub empty_ns: f64,
     /// A hit of the programs of the tier `lifecycle`.
     pub lifecycle_ns: f64,
-    /// A hit of the programs that the tier `blocking` adds.
+    /// A hit of the programs that the tier `blocking` adds. Half as much again as
+    /// one of `lifecycle` where it cannot be measured.
     pub blocking_ns: f64,
     /// A poll of a tokio task: its call, its return and its idle time. Ten times
     /// an empty hit where it cannot be measured, and hardly be attached.
@@ -317,6 +318,15 @@ pub struct Cost {
 }
 
 impl Cost {
+    /// What of a role's hit hangs on what is in the caches: all but the exceptions
+    /// that a step takes.
+    pub(super) fn cached(&self, role: Role) -> f64 {
+        match role.program().cost {
+            Measured::PollStepped => self.poll_ns,
+            _ => self.of(role),
+        }
+    }
+
     /// A hit of a role's program.
     pub fn of(&self, role: Role) -> f64 {
         match role.program().cost {
@@ -329,62 +339,53 @@ impl Cost {
     }
 }
 
-/// What hits cost, as far as somebody has asked: the kernel takes longer to accept
-/// some programs than all the rest of leakmon's start takes.
+/// What hits cost, as far as somebody has asked: the kernel takes as long to accept
+/// some programs as the rest of leakmon's start takes.
 pub struct Calibration(Mutex<Cost>);
 
 impl Calibration {
     /// The cost of hits of these roles, and of any others that are known by now.
-    /// What is not known yet is measured, in up to 0.1 s, on leakmon's own process.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NotFiring`] when the probes do not count exactly what they should.
-    pub fn of(
-        &self,
-        kernel: &Kernel,
-        roles: impl IntoIterator<Item = Role>,
-    ) -> Result<Cost, Error> {
+    /// What is not known yet is measured on leakmon's own process, once; what cannot
+    /// be measured, as when a map is full, is taken to be dear.
+    pub fn of(&self, kernel: &Kernel, roles: impl IntoIterator<Item = Role>) -> Cost {
         let mut cost = lock(&self.0);
         for role in roles {
-            cost.measure(kernel, role.program().cost)?;
+            cost.measure(kernel, role.program().cost);
         }
-        Ok(*cost)
+        *cost
     }
 }
 
 impl Cost {
     /// Measures one figure, if it is not known.
-    fn measure(&mut self, kernel: &Kernel, what: Measured) -> Result<(), Error> {
-        // No other runtime's figures hang on these.
-        let or = |measured: Result<f64, Error>, else_ns| {
-            measured.unwrap_or_else(|error| {
-                log::info!("{error}");
-                else_ns
-            })
-        };
+    fn measure(&mut self, kernel: &Kernel, what: Measured) {
         match what {
             Measured::Blocking if self.blocking_ns == 0.0 => {
                 let [_, _, blocking] = loops();
                 let waits = [Role::Park, Role::Resume];
-                self.blocking_ns = apart(|| measure_hit(kernel, blocking, waits, Tier::Blocking))?;
+                let measured = apart(|| measure_hit(kernel, blocking, waits, Tier::Blocking));
+                self.blocking_ns = measured_or(measured, 1.5 * self.lifecycle_ns);
             }
             Measured::Poll if self.poll_ns == 0.0 => {
                 let measured = apart(|| measure_poll(kernel, Role::Poll));
-                self.poll_ns = or(measured, 10.0 * self.empty_ns);
+                self.poll_ns = measured_or(measured, 10.0 * self.empty_ns);
             }
             Measured::PollStepped if self.poll_stepped_ns == 0.0 => {
-                self.measure(kernel, Measured::Poll)?;
+                self.measure(kernel, Measured::Poll);
                 let measured = apart(|| measure_poll(kernel, Role::PollStepped));
-                self.poll_stepped_ns = or(measured, 10.0 * self.poll_ns);
-            }
-            Measured::Switch if self.switch_ns == 0.0 => {
-                self.switch_ns = or(apart(|| measure_switch(kernel)), self.lifecycle_ns);
+                self.poll_stepped_ns = measured_or(measured, 10.0 * self.poll_ns);
             }
             _ => {}
         }
-        Ok(())
     }
+}
+
+/// What was measured, or `else_ns`: no other figure hangs on it.
+fn measured_or(measured: Result<f64, Error>, else_ns: f64) -> f64 {
+    measured.unwrap_or_else(|error| {
+        log::info!("{error}");
+        else_ns
+    })
 }
 
 /// Loads the kernel side in the best way that is proven to work here.
@@ -408,7 +409,7 @@ pub fn load() -> Result<(Kernel, Calibration), Error> {
 }
 
 /// Proves that probes fire and count, and measures what the hits cost that every
-/// runtime has. It attaches to leakmon's own process.
+/// process has. It attaches to leakmon's own process, which nobody watches yet.
 ///
 /// # Errors
 ///
@@ -417,13 +418,15 @@ pub fn calibrate(kernel: &Kernel) -> Result<Calibration, Error> {
     let [empty, lifecycle, _] = loops();
     let sites = [Role::Spawn, Role::Exit];
     let cost = apart(|| {
+        let empty_ns = measure_empty(kernel, empty)?;
+        let lifecycle_ns = measure_hit(kernel, lifecycle, sites, Tier::Lifecycle)?;
         Ok(Cost {
-            empty_ns: measure_empty(kernel, empty)?,
-            lifecycle_ns: measure_hit(kernel, lifecycle, sites, Tier::Lifecycle)?,
+            empty_ns,
+            lifecycle_ns,
             blocking_ns: 0.0,
             poll_ns: 0.0,
             poll_stepped_ns: 0.0,
-            switch_ns: 0.0,
+            switch_ns: measured_or(measure_switch(kernel), lifecycle_ns),
         })
     })?;
     Ok(Calibration(Mutex::new(cost)))

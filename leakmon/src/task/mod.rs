@@ -460,7 +460,8 @@ pub struct Rates {
 pub struct Overhead {
     /// Probe hits in the interval.
     pub hits: u64,
-    /// Calibrated cost of the interval's hits, in nanoseconds of target CPU.
+    /// What the interval's hits cost, by what was measured of leakmon's own, in
+    /// nanoseconds of target CPU.
     pub cost_ns: u64,
     /// CPU time that the target used in the interval, in nanoseconds.
     pub target_cpu_ns: u64,

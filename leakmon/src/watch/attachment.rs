@@ -60,8 +60,7 @@ impl Attachment {
         let drivers = kernel.drivers();
         let (kernel, calibration) = kernel.probing()?;
         let roles = probes.plan.places.iter().map(|place| place.role);
-        let cost = calibration.of(kernel, roles.filter(|role| role.tier() <= highest));
-        let cost = cost.map_err(|error| WatchError::from(&error))?;
+        let cost = calibration.of(kernel, roles);
         let attached = match wanted.fixed {
             // Whatever it costs, it costs this process alone.
             Some(_) => kernel.attach(pid, &probes.plan, Tier::Census),

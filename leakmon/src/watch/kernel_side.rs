@@ -7,7 +7,7 @@ use crate::probe::{self, Calibration, Drivers, Error, Kernel, Limits, ThreadRegi
 /// Loaded once, when it is first needed or somebody has the time.
 pub struct KernelSide {
     probes: bool,
-    /// For probes: proven to fire.
+    /// For probes: proven to fire and to count.
     probing: OnceLock<Result<(Kernel, Calibration), Error>>,
     drivers: Drivers,
     /// For what the kernel tells without a probe in any process.

@@ -77,16 +77,20 @@ fn spawns_and_exits_are_exact() {
             .filter(|(site, _)| target.function(site.created_at) == "main.churn")
             .collect();
         assert_eq!(churned.len(), 1, "{counts:?}");
-        assert_eq!(
-            churned[0].1,
-            SiteFlow {
-                runs: None,
-                spawned: 100_000,
-                exited: 100_000
-            },
-            "{way:?}, entry {entry:#x}: {counts:?}"
-        );
-        assert!(losses(&counts).is_empty(), "{:?}", losses(&counts));
+        let flow = churned[0].1;
+        let mut losses = losses(&counts);
+        // Where the processor does not note by itself that a page is used (before
+        // Armv8.1, as in the guests), a page whose note the kernel has taken away
+        // cannot be read without a fault. That is told.
+        let told = match cfg!(target_arch = "aarch64") {
+            true => losses.remove("memory not readable").unwrap_or(0),
+            false => 0,
+        };
+        assert!(losses.is_empty(), "{losses:?}");
+        let what = format!("{way:?}, entry {entry:#x}: {counts:?}");
+        assert_eq!(flow.spawned + flow.exited + told, 200_000, "{what}");
+        assert!(flow.spawned.max(flow.exited) <= 100_000, "{what}");
+        assert_eq!(flow.runs, None, "{what}");
         assert_eq!(attached.hits().unwrap(), counts.hits);
     }
 }
@@ -458,7 +462,7 @@ fn every_cost_is_measured() {
         let kernel = Kernel::load_for(way).unwrap();
         let start = Instant::now();
         let calibration = calibrate(&kernel).unwrap();
-        let cost = calibration.of(&kernel, Role::all()).unwrap();
+        let cost = calibration.of(&kernel, Role::all());
         println!("{way:?}: {cost:.0?}, measured in {:?}", start.elapsed());
         for ns in [
             cost.lifecycle_ns,
@@ -481,7 +485,7 @@ fn every_cost_is_measured() {
 fn the_calibrated_cost_is_that_of_a_real_program() {
     let _alone = alone();
     let (kernel, calibration) = leakmon::probe::load().unwrap();
-    let cost = calibration.of(&kernel, [Role::Spawn, Role::Park]).unwrap();
+    let cost = calibration.of(&kernel, [Role::Spawn, Role::Park]);
     let mut target = Target::start();
     for (command, tier, ns) in [
         ("churn 100000", Tier::Lifecycle, cost.lifecycle_ns),
@@ -538,7 +542,7 @@ fn repeat(target: &mut Target, command: &str, until: Instant) -> u32 {
 fn the_governor_keeps_a_busy_target_within_its_budget() {
     let _alone = alone();
     let (kernel, calibration) = leakmon::probe::load().unwrap();
-    let cost = calibration.of(&kernel, [Role::Spawn, Role::Park]).unwrap();
+    let cost = calibration.of(&kernel, [Role::Spawn, Role::Park]);
     let mut target = Target::start();
     let governor = Governor::governed(cost, 5.0, Tier::Blocking);
     let driver = govern(&kernel, &target, governor);
@@ -563,7 +567,7 @@ fn the_governor_keeps_a_busy_target_within_its_budget() {
 fn the_governor_leaves_a_calm_target_attached() {
     let _alone = alone();
     let (kernel, calibration) = leakmon::probe::load().unwrap();
-    let cost = calibration.of(&kernel, [Role::Spawn, Role::Park]).unwrap();
+    let cost = calibration.of(&kernel, [Role::Spawn, Role::Park]);
     let mut target = Target::start();
     let governor = Governor::governed(cost, 5.0, Tier::Blocking);
     let driver = govern(&kernel, &target, governor);

@@ -266,7 +266,7 @@ fn instructions(code: &[u8], start: u64) -> Vec<Instruction> {
 fn behind_check(code: &[Instruction]) -> u64 {
     // It begins with the check: a load, a comparison, a branch.
     let check = code.iter().take(6).find(|i| i.branch.is_some());
-    check.map_or(code[0].address, |branch| branch.next)
+    check.expect("a check of the stack").next
 }
 
 /// The probe places of a Go 1.26 binary with symbols.

@@ -32,7 +32,7 @@ pub(crate) struct Options {
     /// Run this part only; may be repeated [default: all]
     #[arg(long, value_name = "NAME")]
     only: Vec<Part>,
-    /// How many seconds each measurement of throughput takes
+    /// How many seconds each measurement of throughput and of servers takes
     #[arg(long, default_value_t = 1)]
     seconds: u32,
     /// How often each measurement is repeated; the median counts

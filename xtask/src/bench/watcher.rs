@@ -7,9 +7,14 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// How long a watcher has to find its way into the target.
 const ATTACH: Duration = Duration::from_millis(700);
+
+/// How long a watcher may take to end.
+const END: Duration = Duration::from_secs(5);
 
 /// How long bpftrace may take to begin.
 const BEGIN: Duration = Duration::from_secs(20);
@@ -77,7 +82,13 @@ impl Watcher {
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        // It may have ended by itself, which the measurement shows.
+        // Killed, it might leave a breakpoint that costs what is measured next. It may have ended by itself, which the
+        // measurement shows.
+        let _ = kill(Pid::from_raw(self.0.id().cast_signed()), Signal::SIGINT);
+        let asked = Instant::now();
+        while matches!(self.0.try_wait(), Ok(None)) && asked.elapsed() < END {
+            sleep(Duration::from_millis(5));
+        }
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
