@@ -249,7 +249,7 @@ fn select(tree: &Tree, fixtures: &Path) -> Result<()> {
     )
 }
 
-/// The guest's first process.
+/// The guest's first process. Nothing is mounted on `/tmp`, where the checkout may be.
 fn script(built: &Built, suite: &Suite) -> Result<String> {
     let mut script = String::from(
         "#!/bin/sh\n\
@@ -259,7 +259,7 @@ fn script(built: &Built, suite: &Suite) -> Result<String> {
          mount -t sysfs sysfs /sys\n\
          mount -t devtmpfs dev /dev\n\
          mkdir -p /dev/shm\n\
-         mount -t tmpfs tmpfs /tmp\n\
+         chmod 1777 /tmp\n\
          mount -t securityfs securityfs /sys/kernel/security 2>/dev/null\n\
          ifconfig lo 127.0.0.1 up\n\
          now() { cut -d' ' -f1 /proc/uptime; }\n",
