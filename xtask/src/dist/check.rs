@@ -27,7 +27,7 @@ pub(super) fn same_elsewhere(source: &Source, made: &[Made]) -> Result<()> {
     workspace::create(&root)?;
     Run::new("sh")
         .arg("-c")
-        .arg("git ls-files -z | xargs -0 cp --parents --target-directory=\"$0\"")
+        .arg("git ls-files -z | xargs -0 cp --parents --no-dereference --target-directory=\"$0\"")
         .arg(&root)
         .dir(&source.root)
         .capture()?;
