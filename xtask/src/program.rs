@@ -44,6 +44,13 @@ impl Program {
         Ok(line.trim_end().to_owned())
     }
 
+    /// Where a server listens, which it prints when it is ready.
+    pub(crate) fn address(&mut self) -> Result<String> {
+        let line = self.line()?;
+        let address = line.strip_prefix("listening ");
+        Ok(address.context("the server says no address")?.to_owned())
+    }
+
     /// Sends a command and gives the one line that answers it.
     pub(crate) fn ask(&mut self, command: &str) -> Result<String> {
         let input = self

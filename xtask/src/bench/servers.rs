@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 
 use super::sample::Sample;
 use super::table::Table;
+use super::throughput::WANTED;
 use super::watcher::Watcher;
 use super::{Bench, Verdict};
 use crate::fixtures;
@@ -28,9 +29,6 @@ const WATCHERS: &[(&str, Option<&[&str]>)] = &[
     ("blocking", Some(&["--tier", "blocking"])),
     ("default (5 %)", Some(&[])),
 ];
-
-/// The least that a server is to keep under the default governor.
-const WANTED: f64 = 0.95;
 
 /// How far two copies that nobody watches may differ.
 const MOST_NOISE: f64 = 0.02;
@@ -150,11 +148,9 @@ struct Server {
 impl Server {
     fn start(path: &std::path::Path, requests: &[&str]) -> Result<Self> {
         let mut program = Program::start(path, &[])?;
-        let line = program.line()?;
-        let address = line.strip_prefix("listening ");
-        let address = address.context("the server says no address")?;
+        let address = program.address()?;
         let connect = |_| {
-            let connection = TcpStream::connect(address).context("cannot reach the server")?;
+            let connection = TcpStream::connect(&address).context("cannot reach the server")?;
             connection.set_nodelay(true)?;
             connection.set_read_timeout(Some(PATIENCE))?;
             Ok(connection)

@@ -62,7 +62,7 @@ const HTTP: &str = "HTTP";
 const FUTEX: &str = "futex pingpong, by CPU";
 
 /// The least that a server is to keep under the default governor.
-const WANTED: f64 = 0.95;
+pub(super) const WANTED: f64 = 0.95;
 
 /// The least that threads are to keep while those of another process are watched.
 const WANTED_ELSEWHERE: f64 = 0.97;
@@ -260,11 +260,7 @@ impl<'a> Running<'a> {
                 pin(program.pid())?;
                 String::new()
             }
-            Load::Http(_) => {
-                let line = program.line()?;
-                let address = line.strip_prefix("listening ");
-                address.context("the server says no address")?.to_owned()
-            }
+            Load::Http(_) => program.address()?,
         };
         Ok(Self {
             load,
