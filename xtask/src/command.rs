@@ -104,28 +104,46 @@ impl Run {
             .with_context(|| cannot_start(&line))
     }
 
+    /// Starts it unseen, and unheard, where it has only what time nobody else wants.
+    pub(crate) fn behind(self) -> Result<Child> {
+        let (command, line) = self.ready();
+        let mut idle = wrapped("chrt", &["--idle", "0"], &command);
+        idle.stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .with_context(|| cannot_start(&format!("chrt --idle 0 {line}")))
+    }
+
     /// The command with its time limit, and the line that names it.
     fn ready(self) -> (Command, String) {
         let line = line_of(&self.command);
         let Some(limit) = self.limit else {
             return (self.command, line);
         };
-        let mut limited = Command::new("timeout");
-        limited
-            .arg(limit.as_secs().to_string())
-            .arg(self.command.get_program())
-            .args(self.command.get_args());
-        for (name, value) in self.command.get_envs() {
-            match value {
-                Some(value) => limited.env(name, value),
-                None => limited.env_remove(name),
-            };
-        }
-        if let Some(folder) = self.command.get_current_dir() {
-            limited.current_dir(folder);
-        }
+        let seconds = limit.as_secs().to_string();
+        let limited = wrapped("timeout", &[&seconds], &self.command);
         (limited, line)
     }
+}
+
+/// The command as an argument of another, which starts it.
+fn wrapped(by: &str, arguments: &[&str], command: &Command) -> Command {
+    let mut wrapped = Command::new(by);
+    wrapped
+        .args(arguments)
+        .arg(command.get_program())
+        .args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => wrapped.env(name, value),
+            None => wrapped.env_remove(name),
+        };
+    }
+    if let Some(folder) = command.get_current_dir() {
+        wrapped.current_dir(folder);
+    }
+    wrapped
 }
 
 /// The command as one would type it.

@@ -44,7 +44,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             ])
             .run()
     })?;
+    step("tests, compiled", || {
+        setup::cargo().args(["test", "--release", "--no-run"]).run()
+    })?;
     // They wait most of the time.
+    let _ahead = options.vm.then(vm::ahead).transpose()?;
     let twice = || (2 * std::thread::available_parallelism().map_or(1, usize::from)).to_string();
     let threads = std::env::var("RUST_TEST_THREADS").unwrap_or_else(|_| twice());
     step("tests", || {

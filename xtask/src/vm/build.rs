@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::Child;
 
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
 use super::suite::Suite;
 use crate::arch::Arch;
+use crate::command::Run;
 use crate::cross::{Compiler, Libc};
 use crate::go::{Go, RELEASES};
 use crate::progress::step;
@@ -42,24 +44,51 @@ pub(super) fn build(arch: Arch, driver: &Go, suite: &Suite) -> Result<Built> {
     Ok(Built { leakmon, tests, go })
 }
 
-/// For this machine's processor, the ones that run here too; else linked so that they need no library.
-fn binaries(arch: Arch, suite: &Suite) -> Result<(PathBuf, BTreeMap<String, PathBuf>)> {
-    let wanted = suite
-        .binaries()
-        .into_iter()
-        .flat_map(|test| ["--test", test]);
+/// cargo's command line for leakmon and the tests: for this machine's processor, the ones that run here too; else linked
+/// so that they need no library, in a folder of their own, so that neither waits for the other.
+fn cargo(arch: Arch, suite: &Suite) -> Result<Run> {
     let cargo = if arch.is_native() {
         setup::cargo().arg("test")
     } else {
         Compiler::ensure(arch, Libc::Gnu)?
             .cargo("test", &["-Ctarget-feature=+crt-static"])
             .args(["--package", "leakmon"])
+            .env("CARGO_TARGET_DIR", workspace::target().join("vm/cargo"))
     };
-    let said = cargo
+    let wanted = suite.binaries().into_iter();
+    Ok(cargo
         .args(["--release", "--no-run"])
-        .args(wanted)
-        .arg("--message-format=json-render-diagnostics")
-        .capture()?;
+        .args(wanted.flat_map(|test| ["--test", test]))
+        .arg("--message-format=json-render-diagnostics"))
+}
+
+/// Compilers that work while this machine waits for something else. What they did not do when they are dropped is done
+/// when it is needed, and there, too, is told what they failed at.
+pub(crate) struct Ahead(Vec<Child>);
+
+impl Ahead {
+    /// Starts one for each of the other processors.
+    pub(super) fn start(archs: impl Iterator<Item = Arch>, suite: &Suite) -> Result<Self> {
+        let mut ahead = Self(Vec::new());
+        for arch in archs.filter(|arch| !arch.is_native()) {
+            ahead.0.push(cargo(arch, suite)?.behind()?);
+        }
+        Ok(ahead)
+    }
+}
+
+impl Drop for Ahead {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Builds leakmon and the tests, and finds them.
+fn binaries(arch: Arch, suite: &Suite) -> Result<(PathBuf, BTreeMap<String, PathBuf>)> {
+    let said = cargo(arch, suite)?.capture()?;
     let (mut leakmon, mut tests) = (None, BTreeMap::new());
     for line in said.lines() {
         let message: Value = serde_json::from_str(line)?;

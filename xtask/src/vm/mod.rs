@@ -19,6 +19,7 @@ use crate::fixtures;
 use crate::go::Go;
 use crate::progress::{note, seconds, step};
 use crate::setup;
+pub(crate) use build::Ahead;
 use guest::{Guest, Report};
 use kernels::{Archive, Kernel};
 use suite::Suite;
@@ -64,14 +65,21 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     boot(&go, false, options.only.as_deref(), &wanted)
 }
 
-/// Runs the brief suite where it has to hold before a change lands: on x86_64 in every series, on aarch64 in
-/// two.
+/// Where the brief suite has to hold before a change lands.
+const WANTED: [(Arch, &[&str]); 2] = [
+    (Arch::X86_64, kernels::SERIES),
+    (Arch::Aarch64, kernels::TWO),
+];
+
+/// Begins to compile what [`test()`] needs.
+pub(crate) fn ahead() -> Result<Ahead> {
+    let archs = WANTED.iter().map(|&(arch, _)| arch);
+    Ahead::start(archs, &Suite::new(true, None))
+}
+
+/// Runs the brief suite.
 pub(crate) fn test(go: &Go) -> Result<()> {
-    let wanted = [
-        (Arch::X86_64, kernels::SERIES),
-        (Arch::Aarch64, kernels::TWO),
-    ];
-    boot(go, true, None, &wanted)
+    boot(go, true, None, &WANTED)
 }
 
 /// Runs the suite, or the brief one, or `only` some tests, in these guests.
