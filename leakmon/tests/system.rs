@@ -6,8 +6,9 @@
 mod common;
 
 use std::fs;
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use common::{Owned, Running, Started, fixture, leakmon, run, scratch};
 use serde_json::Value;
@@ -38,6 +39,41 @@ fn processes(table: &Value) -> Vec<Value> {
 
 fn of(processes: &[Value], pid: u32) -> Option<&Value> {
     processes.iter().find(|process| process["pid"] == pid)
+}
+
+/// On a terminal of its own, which `script` gives it, with what is typed there.
+#[test]
+fn q_ends_a_live_table() {
+    let own = format!("--pid {} --tier census", std::process::id());
+    for what in ["", &own] {
+        let leakmon = env!("CARGO_BIN_EXE_leakmon");
+        let line = format!(
+            "stty rows 60 cols 150; timeout --foreground 60 {leakmon} {what}; echo said $?; stty -a"
+        );
+        let mut script = Command::new("script");
+        let script = script.args(["--quiet", "--command", &line, "/dev/null"]);
+        let mut script = Owned::spawn(script.stdin(Stdio::piped()).stdout(Stdio::piped()));
+        let mut input = script.0.stdin.take().expect("its input");
+        let mut output = script.0.stdout.take().expect("its output");
+        let mut said = Vec::new();
+        let mut typed = false;
+        let mut some = [0; 4096];
+        while let Ok(length @ 1..) = output.read(&mut some) {
+            said.extend(&some[..length]);
+            // Keys are listened to before the first table is drawn.
+            if !typed && String::from_utf8_lossy(&said).contains("\x1b[?1049h") {
+                input.write_all(b"zq").expect("it is typed");
+                typed = true;
+            }
+        }
+        let said = String::from_utf8_lossy(&said);
+        let (table, rest) = said.split_once("\x1b[?1049l").expect("it left its screen");
+        assert!(!table.contains("zq"), "{said}");
+        assert!(rest.contains("said 0"), "{said}");
+        for mode in [" icanon", " echo "] {
+            assert!(rest.contains(mode), "{mode}: {said}");
+        }
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 pub mod daemon;
 pub mod doctor;
+mod keys;
 mod screen;
 pub mod stacks;
 pub mod system;

@@ -6,6 +6,7 @@ use std::io::{self, IsTerminal, Write};
 
 use crate::report::{Report, json, table};
 
+use super::keys::Keys;
 use super::{Colour, Format, WatchArgs};
 
 /// Sites that are shown when nobody says how many.
@@ -37,6 +38,14 @@ impl Screen {
             terminal: Terminal::default(),
             latest: BTreeMap::new(),
             notes: Vec::new(),
+        }
+    }
+
+    /// What is typed while it is redrawn.
+    pub(super) fn keys(&self) -> Keys {
+        match self.live {
+            true => Keys::listen(),
+            false => Keys::none(),
         }
     }
 

@@ -14,6 +14,7 @@ use crate::watch::KernelSide;
 use crate::watch::rules::{Depth, Rule};
 use crate::watch::system::{Options, System};
 
+use super::keys::Keys;
 use super::screen::{Terminal, coloured, size};
 use super::{Exit, Failure, Format, WatchArgs};
 
@@ -81,12 +82,14 @@ async fn watch(args: WatchArgs) -> Result<Exit, Failure> {
         move || refresh(&args, &send, &stopped)
     });
     let mut screen = Screen::new(&args);
+    let mut keys = screen.keys();
     let mut outcome = Ok(Exit::Success);
     loop {
         let overview = tokio::select! {
             overview = overviews.recv() => overview,
             _ = interrupt.recv() => None,
             _ = terminate.recv() => None,
+            () = keys.quit() => None,
         };
         match overview {
             Some(Ok(overview)) => match screen.show(overview) {
@@ -215,6 +218,14 @@ impl Screen {
             live: io::stdout().is_terminal() && args.format == Format::Table && !args.once,
             terminal: Terminal::default(),
             last: None,
+        }
+    }
+
+    /// What is typed while it is redrawn.
+    fn keys(&self) -> Keys {
+        match self.live {
+            true => Keys::listen(),
+            false => Keys::none(),
         }
     }
 

@@ -99,12 +99,14 @@ async fn watch(args: WatchArgs, processes: Vec<Process>) -> Result<Exit, Failure
     }
     drop(events);
     let mut screen = Screen::new(&args);
+    let mut keys = screen.keys();
     let mut outcome = Ok(Exit::Success);
     loop {
         let event = tokio::select! {
             event = reports.recv() => event,
             _ = interrupt.recv() => None,
             _ = terminate.recv() => None,
+            () = keys.quit() => None,
         };
         match event {
             Some(Event::Report(report)) => match screen.show(*report) {
