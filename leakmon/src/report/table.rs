@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::text::{FileNames, function, shorten, width};
 use super::{FlowTotals, Report, Runtime, RuntimeReport, SiteReport, Tasks, TierReason};
 use crate::leak::VerdictKind;
-use crate::task::human::{change, count, duration, safe};
+use crate::task::human::{change, count, duration, safe, things};
 use crate::task::{Cycle, Frame, Scheduler, State};
 
 /// How to draw a report.
@@ -237,13 +237,8 @@ fn title(canvas: &mut Canvas, report: &Report) {
     }
     let _ = write!(
         rest,
-        "  {} {}  watched for {}",
-        count(report.threads),
-        if report.threads == 1 {
-            "thread"
-        } else {
-            "threads"
-        },
+        "  {}  watched for {}",
+        things(report.threads, "thread"),
         duration(whole_seconds(report.when.elapsed)),
     );
     let name = shorten(&name, canvas.width.saturating_sub(width(&rest)).max(8)).into_owned();
@@ -389,8 +384,8 @@ fn head(canvas: &mut Canvas, runtime: &Runtime, tasks: &Tasks) {
         canvas.row(
             "dropped",
             &[format!(
-                "{} waits are too many to follow",
-                count(tasks.untracked_waits)
+                "{} more than can be followed",
+                things(tasks.untracked_waits, "wait")
             )],
         );
     }
@@ -413,17 +408,17 @@ fn head(canvas: &mut Canvas, runtime: &Runtime, tasks: &Tasks) {
     let suspects = tasks.suspects().count() as u64;
     if suspects > 0 {
         let text = format!(
-            "{} of {} sites {} like a leak",
+            "{} of {} {} like a leak",
             count(suspects),
-            count(tasks.sites.len() as u64),
+            things(tasks.sites.len() as u64, "site"),
             if suspects == 1 { "looks" } else { "look" }
         );
         canvas.row("suspects", &[text]);
     } else {
-        let sites = count(tasks.sites.len() as u64);
+        let sites = things(tasks.sites.len() as u64, "site");
         let text = match tasks.judged {
-            true => format!("none of {sites} sites"),
-            false => format!("not judged yet: the {sites} sites have been seen only once"),
+            true => format!("none of {sites}"),
+            false => format!("not judged yet: {sites}, seen only once"),
         };
         canvas.row("suspects", &[text]);
     }
@@ -523,7 +518,7 @@ fn flow_rows(canvas: &mut Canvas, flow: &FlowTotals) {
         let dropped: Vec<String> = flow
             .dropped
             .iter()
-            .map(|(why, number)| format!("{} hits: {why}", count(*number)))
+            .map(|(why, number)| format!("{}: {why}", things(*number, "hit")))
             .collect();
         canvas.row("dropped", &dropped);
     }
@@ -564,9 +559,9 @@ fn sites(canvas: &mut Canvas, tasks: &Tasks, top: usize) {
         let live: u64 = tasks.sites.iter().map(|site| site.state.live).sum();
         let seen: u64 = shown.iter().map(|site| site.state.live).sum();
         let text = format!(
-            "… and {} in {} more sites (--top shows more)",
+            "… and {} in {} (--top shows more)",
             count(live.saturating_sub(seen)),
-            count(hidden as u64)
+            things(hidden as u64, "more site")
         );
         canvas.line(&text);
     }
@@ -673,7 +668,7 @@ fn draw(canvas: &mut Canvas, site: &SiteReport, files: &FileNames<'_>, all_waits
         (waits + 1, tasks + wait.count)
     });
     if waits > 0 {
-        let text = format!("{} in {waits} more waits", count(tasks));
+        let text = format!("{} in {}", count(tasks), things(waits, "more wait"));
         canvas.words("", Style::Label, &text);
     }
     if let Some(verdict) = &site.verdict {

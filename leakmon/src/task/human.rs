@@ -50,6 +50,12 @@ pub fn count(count: u64) -> String {
     out
 }
 
+/// So many things, whose plural ends in an s: `1 site`, `1,234 sites`.
+pub fn things(number: u64, one: &str) -> String {
+    let s = if number == 1 { "" } else { "s" };
+    format!("{} {one}{s}", count(number))
+}
+
 /// A change with its sign, to one decimal where it is small: `+40`, `-0.5`, `0`.
 pub fn change(change: f64) -> String {
     if !change.is_finite() {
@@ -111,6 +117,13 @@ mod tests {
         ] {
             assert_eq!(duration(Duration::from_nanos(ns)), text);
         }
+    }
+
+    #[test]
+    fn plurals() {
+        assert_eq!(things(0, "site"), "0 sites");
+        assert_eq!(things(1, "site"), "1 site");
+        assert_eq!(things(1_234, "site"), "1,234 sites");
     }
 
     #[test]
