@@ -48,7 +48,7 @@ fn q_ends_a_live_table() {
     for what in ["", &own] {
         let leakmon = env!("CARGO_BIN_EXE_leakmon");
         let line = format!(
-            "stty rows 60 cols 150; timeout --foreground 60 {leakmon} {what}; echo said $?; stty -a"
+            "stty rows 60 cols 150; timeout --foreground --kill-after 5 60 {leakmon} {what}; echo said $?; stty -a"
         );
         let mut script = Command::new("script");
         let script = script.args(["--quiet", "--command", &line, "/dev/null"]);
