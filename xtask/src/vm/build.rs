@@ -62,8 +62,8 @@ fn cargo(arch: Arch, suite: &Suite) -> Result<Run> {
         .arg("--message-format=json-render-diagnostics"))
 }
 
-/// Compilers that work while this machine waits for something else. What they did not do when they are dropped is done
-/// when it is needed, and there, too, is told what they failed at.
+/// Compilers that work while this machine waits for something else. Who needs what they make starts the same cargo, which
+/// waits for them, does the rest, and tells what they failed at. Dropped, they end after the crates that they are at.
 pub(crate) struct Ahead(Vec<Child>);
 
 impl Ahead {
