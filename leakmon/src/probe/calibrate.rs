@@ -380,11 +380,11 @@ impl Cost {
     }
 }
 
-/// What was measured, or `else_ns`: no other figure hangs on it.
-fn measured_or(measured: Result<f64, Error>, else_ns: f64) -> f64 {
+/// What was measured, or else this: no other figure hangs on it.
+fn measured_or<T>(measured: Result<T, Error>, otherwise: T) -> T {
     measured.unwrap_or_else(|error| {
         log::info!("{error}");
-        else_ns
+        otherwise
     })
 }
 
@@ -426,7 +426,8 @@ pub fn calibrate(kernel: &Kernel) -> Result<Calibration, Error> {
             blocking_ns: 0.0,
             poll_ns: 0.0,
             poll_stepped_ns: 0.0,
-            switch_ns: measured_or(measure_switch(kernel), lifecycle_ns),
+            // A hit takes an exception besides: rather too much than nothing.
+            switch_ns: measured_or(measure_switch(kernel), None).unwrap_or(lifecycle_ns),
         })
     })?;
     Ok(Calibration(Mutex::new(cost)))
@@ -542,24 +543,31 @@ fn measure_poll(kernel: &Kernel, role: Role) -> Result<f64, Error> {
     Ok((probed - bare).max(1.0))
 }
 
-/// What a switch of a thread costs: the program is run by hand, once for a process
-/// that is not watched and once for one that is.
-fn measure_switch(kernel: &Kernel) -> Result<f64, Error> {
+/// What a switch of a thread costs: the program is run by hand for a process that is
+/// not watched and for one that is, in turn, so that both meet what else the machine
+/// does. `None` where the difference drowns in that.
+fn measure_switch(kernel: &Kernel) -> Result<Option<f64>, Error> {
     let mut switches = kernel.switches()?;
-    let mut time = |watched| -> Result<f64, Error> {
+    let mut time = |watched| -> Result<Duration, Error> {
         switches.watch(watched)?;
-        let mut failed = None;
-        let nanos = median(|| {
-            for _ in 0..ROUNDS {
-                if let Err(error) = switches.run() {
-                    failed = Some(error);
-                }
-            }
-        });
-        failed.map_or(Ok(nanos / ROUNDS as f64), Err)
+        let start = Instant::now();
+        for _ in 0..ROUNDS {
+            switches.run()?;
+        }
+        Ok(start.elapsed())
     };
-    let bare = time(false)?;
-    Ok((time(true)? - bare).max(1.0))
+    // To warm up.
+    time(false)?;
+    time(true)?;
+    let (mut bare, mut watched) = (
+        [Duration::ZERO; MEASUREMENTS],
+        [Duration::ZERO; MEASUREMENTS],
+    );
+    for (bare, watched) in bare.iter_mut().zip(&mut watched) {
+        (*bare, *watched) = (time(false)?, time(true)?);
+    }
+    let nanos = middle(watched) - middle(bare);
+    Ok((nanos > 0.0).then_some(nanos / ROUNDS as f64))
 }
 
 /// The counts must be what [`per_hit`] did.
@@ -613,7 +621,11 @@ fn median(mut run: impl FnMut()) -> f64 {
         start.elapsed()
     };
     round();
-    let mut times: [Duration; MEASUREMENTS] = std::array::from_fn(|_| round());
+    middle(std::array::from_fn(|_| round()))
+}
+
+/// The median, in nanoseconds.
+fn middle(mut times: [Duration; MEASUREMENTS]) -> f64 {
     times.sort_unstable();
     times[MEASUREMENTS / 2].as_nanos() as f64
 }
