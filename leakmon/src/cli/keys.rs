@@ -22,22 +22,14 @@ pub(super) struct Keys {
 }
 
 impl Keys {
-    /// Listens, where there is somebody to type.
-    pub(super) fn listen() -> Self {
+    /// Listens where a table is live and there is somebody to type.
+    pub(super) fn listen(live: bool) -> Self {
         let mut keys = Self {
-            open: io::stdin().is_terminal(),
+            open: live && io::stdin().is_terminal(),
             before: None,
         };
         keys.open = keys.open && keys.take().is_ok();
         keys
-    }
-
-    /// None at all.
-    pub(super) fn none() -> Self {
-        Self {
-            open: false,
-            before: None,
-        }
     }
 
     /// Returns when `q` was typed.

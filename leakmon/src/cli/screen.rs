@@ -43,10 +43,7 @@ impl Screen {
 
     /// What is typed while it is redrawn.
     pub(super) fn keys(&self) -> Keys {
-        match self.live {
-            true => Keys::listen(),
-            false => Keys::none(),
-        }
+        Keys::listen(self.live)
     }
 
     pub(super) fn show(&mut self, report: Report) -> io::Result<()> {

@@ -223,10 +223,7 @@ impl Screen {
 
     /// What is typed while it is redrawn.
     fn keys(&self) -> Keys {
-        match self.live {
-            true => Keys::listen(),
-            false => Keys::none(),
-        }
+        Keys::listen(self.live)
     }
 
     fn show(&mut self, overview: Overview) -> io::Result<()> {
